@@ -1,0 +1,228 @@
+"""Composition root: what is made, in which order, and how it is closed."""
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+
+from aiohttp import web
+
+from gateway.config.model import Address, GatewayConfig, Secret
+from gateway.credits.embedded import EmbeddedStore, running_url
+from gateway.credits.errors import StoreError
+from gateway.credits.operator import Operator
+from gateway.credits.reaper import reap
+from gateway.credits.service import CreditEngine
+from gateway.credits.store import Store
+from gateway.http.admin import Check, Health, admin_app
+from gateway.http.demo import DemoUpstream
+from gateway.http.proxy import Proxy
+from gateway.telemetry.metrics import Metrics
+from gateway.upstream.client import UpstreamClient, UpstreamError
+
+log = logging.getLogger(__name__)
+
+#: On shutdown: how long requests in flight may go on, then how long their settlements may take.
+DRAIN_S = 25.0
+SETTLE_S = 5.0
+FIRST_ACCOUNT = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the doctor's report."""
+
+    component: str
+    ok: bool
+    detail: str
+
+
+async def serve(config: GatewayConfig) -> None:
+    """Run the gateway until SIGTERM or SIGINT. Requests in flight are drained and settled before it returns.
+
+    Raises EmbeddedStoreError, StoreError and OSError (a listener's address) where it cannot start.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with AsyncExitStack() as stack:
+        metrics = Metrics(config.plans, config.models)
+        store = await stack.enter_async_context(_store(config, metrics, serving=True))
+        engine = CreditEngine(store, config.plans, config.default_plan, metrics)
+        metrics.watch_reservations_open(lambda: engine.open_reservations)
+        stack.push_async_callback(_settle_all, engine)
+        await stack.enter_async_context(_running(reap(engine)))
+        operator = Operator(store, config.plans, config.default_plan)
+        secret = await _first_key(config, operator)
+        served = await stack.enter_async_context(_with_demo(config)) if config.demo else config
+        client = UpstreamClient()
+        stack.push_async_callback(client.close)
+        proxy = Proxy(served, engine, client, metrics)
+        admin = web.AppRunner(
+            admin_app(Health({"store": _store_check(store)}), metrics, config.admin.token), shutdown_timeout=1
+        )
+        await _listen(stack, admin, config.admin.listen)
+        data = web.ServerRunner(
+            web.Server(proxy.handle, handler_cancellation=True, access_log=None), shutdown_timeout=DRAIN_S
+        )
+        address = await _listen(stack, data, config.listen)
+        metrics.config_reloaded(True)
+        print(_welcome(config, address, secret), flush=True)
+        await stop.wait()
+        log.info("stopping: requests in flight have %d s", DRAIN_S)
+
+
+@asynccontextmanager
+async def operator_session(config: GatewayConfig) -> AsyncIterator[Operator]:
+    """The operator's use cases, on the running gateway's store or on one started for the time of the block."""
+    async with _store(config, Metrics(config.plans, config.models), serving=False) as store:
+        yield Operator(store, config.plans, config.default_plan)
+
+
+async def diagnose(config: GatewayConfig) -> list[Finding]:
+    """Look at everything that serving needs. Raises nothing: what fails is a finding."""
+    findings = []
+    try:
+        async with _store(config, Metrics(config.plans, config.models), serving=False) as store:
+            findings += await _diagnose_store(config, store)
+    except Exception as error:
+        findings.append(Finding("store", False, str(error)))
+    if config.demo:
+        findings.append(Finding("upstreams", True, "demo mode: no upstream has a key, the built-in demo model answers"))
+        return findings
+    client = UpstreamClient()
+    try:
+        for name in config.upstreams:
+            findings.append(await _diagnose_upstream(config, client, name))
+    finally:
+        await client.close()
+    return findings
+
+
+async def _diagnose_store(config: GatewayConfig, store: Store) -> list[Finding]:
+    seconds, micros = await store.call("TIME")
+    skew_ms = abs(time.time() * 1000 - int(seconds) * 1000 - int(micros) / 1000)
+    findings = [
+        Finding("store", True, f"{config.store.shown_url} answers"),
+        Finding("clocks", skew_ms < 60_000, f"store and gateway differ by {skew_ms:.0f} ms (a refresh needs < 60000)"),
+    ]
+    with suppress(StoreError):
+        settings = await store.settings()
+        durable = settings.get("appendonly") == "yes"
+        shown = ", ".join(f"{name} {value}" for name, value in settings.items())
+        findings.append(Finding("durability", durable, shown if durable else f"{shown}: a crash loses credits"))
+    return findings
+
+
+async def _diagnose_upstream(config: GatewayConfig, client: UpstreamClient, name: str) -> Finding:
+    component = f"upstream {name}"
+    try:
+        async with client.send(config.upstreams[name], "GET", "/models", {}) as answer:
+            listed = answer.status == 200
+            return Finding(component, listed, f"GET /models answers {answer.status}")
+    except UpstreamError as error:
+        return Finding(component, False, str(error))
+
+
+@asynccontextmanager
+async def _store(config: GatewayConfig, metrics: Metrics, *, serving: bool) -> AsyncIterator[Store]:
+    """A started Store: of the configured URL, or of an embedded server that is started here if none runs yet."""
+    async with AsyncExitStack() as stack:
+        url: str | None = config.store.url
+        if config.store.embedded:
+            url = None if serving else running_url(config.store.data_dir)
+            if url is None:
+                server = EmbeddedStore(config.store.data_dir)
+                stack.push_async_callback(server.stop)
+                await server.start()
+                url = server.url
+        assert url is not None
+        store = Store(url, config.store.timeout_ms, metrics, allow_unsafe=config.store.allow_unsafe)
+        stack.push_async_callback(store.close)
+        await store.start()
+        yield store
+
+
+@asynccontextmanager
+async def _with_demo(config: GatewayConfig) -> AsyncIterator[GatewayConfig]:
+    """The configuration with every upstream replaced by the demo model."""
+    async with DemoUpstream(list(config.models)) as demo:
+        upstreams = {
+            name: replace(upstream, base_url=demo.base_url, api_key=Secret("demo"))
+            for name, upstream in config.upstreams.items()
+        }
+        yield replace(config, upstreams=upstreams)
+
+
+@asynccontextmanager
+async def _running(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def _settle_all(engine: CreditEngine) -> None:
+    if left := await engine.close(SETTLE_S):
+        log.error("%d settlements did not reach the store in time; their reservations' leases end them", left)
+
+
+async def _listen(stack: AsyncExitStack, runner: web.BaseRunner, address: Address) -> Address:
+    """Open a listener; the address with the port that it got."""
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    await web.TCPSite(runner, address.host, address.port).start()
+    return Address(address.host, runner.addresses[0][1])
+
+
+def _store_check(store: Store) -> Check:
+    async def check() -> str | None:
+        try:
+            await store.call("PING")
+        except StoreError as error:
+            return str(error)
+        return None
+
+    return check
+
+
+async def _first_key(config: GatewayConfig, operator: Operator) -> str | None:
+    """On the first start of an empty embedded store: an account with a key, so that there is something to try."""
+    if not config.store.embedded or await operator.accounts():
+        return None
+    await operator.create_account(FIRST_ACCOUNT)
+    _, secret = await operator.create_key(FIRST_ACCOUNT, "first")
+    return secret
+
+
+def _welcome(config: GatewayConfig, address: Address, secret: str | None) -> str:
+    host = "127.0.0.1" if address.host in ("0.0.0.0", "::") else address.host  # noqa: S104 - for display only
+    base = f"http://{Address(host, address.port)}/v1"
+    lines = []
+    if config.demo:
+        lines += [
+            "DEMO MODEL: no upstream has a key, so a small built-in model answers. Set IONET_API_KEY (or edit the",
+            "upstreams in the configuration) to serve real models.",
+            "",
+        ]
+    lines.append(f"base URL  {base}")
+    if secret is None:
+        lines.append("key       make one with: quota-gateway keys create ACCOUNT")
+        return "\n".join(lines)
+    model = next((model for model in config.models.values() if model.prices.output_femto), None)
+    lines.append(f"key       {secret}   (account {FIRST_ACCOUNT}, plan {config.default_plan}; shown only once)")
+    if model is not None:
+        body = f'{{"model": "{model.name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+        lines += [
+            "try it    " + f"curl -i {base}/chat/completions \\",
+            f"            -H 'Authorization: Bearer {secret}' -H 'Content-Type: application/json' \\",
+            f"            -d '{body}'",
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,79 @@
+"""Rules that join several values. They read the written values, so that they hold beside other mistakes too."""
+
+from typing import Any
+
+from gateway.config.document import Document, Text
+from gateway.config.validation import Section
+
+
+def check_upstream_keys(main: Document) -> None:
+    """Either every upstream is set up or none is: half a set-up would answer some models with errors only."""
+    upstreams = _mappings(main.tree.get("upstreams"))
+    empty = [name for name, upstream in upstreams.items() if _is_empty(upstream.get("api_key"))]
+    ready = [name for name in upstreams if name not in empty]
+    if not ready:
+        return
+    other = f"{ready[0]} {'has a key' if 'api_key' in upstreams[ready[0]] else 'is set up'}"
+    for name in empty:
+        Section(main, main.tree).report(
+            ("upstreams", name, "api_key"), f"is empty while {other}: set it or remove the upstream"
+        )
+
+
+def check_listeners(main: Document) -> None:
+    """The two listeners cannot share a port."""
+    admin = main.tree.get("admin")
+    data_text = main.tree.get("listen")
+    admin_text = admin.get("listen") if isinstance(admin, dict) else None
+    if not isinstance(data_text, Text) or not isinstance(admin_text, Text):
+        return
+    if data_text.text == admin_text.text and not data_text.text.endswith(":0"):
+        Section(main, main.tree).report(("admin", "listen"), "is the same address as listen: use another port")
+
+
+def check_plans(section: Section) -> None:
+    """One default plan; every plan can pay in exactly the ways that it says."""
+    if not isinstance(section.tree.get("plans"), dict):
+        return
+    plans = _mappings(section.tree["plans"])
+    for name, plan in plans.items():
+        _check_allowance(section, name, plan)
+    _check_default(section, plans)
+
+
+def _check_allowance(section: Section, name: str, plan: dict[str, Any]) -> None:
+    allowance = plan.get("allowance")
+    if isinstance(allowance, dict):
+        kinds = [kind for kind in ("monthly", "per_window") if kind in allowance]
+        if len(kinds) == 2:
+            second = max(kinds, key=list(allowance).index)
+            section.report(("plans", name, "allowance", second), "stands beside the other kind: keep one", at_key=True)
+        if not kinds:
+            predicate = "has no amount: add monthly or per_window, in credits"
+            section.report(("plans", name, "allowance"), predicate, at_key=True)
+    elif allowance is None and _is(plan.get("payg"), "false"):
+        section.report(
+            ("plans", name, "payg"), "must be true because the plan has no allowance: nothing else could pay"
+        )
+
+
+def _check_default(section: Section, plans: dict[str, dict[str, Any]]) -> None:
+    defaults = [name for name, plan in plans.items() if _is(plan.get("default"), "true")]
+    if not defaults:
+        section.report(("plans",), "has no default plan: add `default: true` to one", at_key=True)
+    for name in defaults[1:]:
+        section.report(("plans", name, "default"), f"must not be true beside {defaults[0]}'s: keep one default plan")
+
+
+def _mappings(value: Any) -> dict[str, dict[str, Any]]:
+    if not isinstance(value, dict):
+        return {}
+    return {name: entry for name, entry in value.items() if isinstance(entry, dict)}
+
+
+def _is(value: Any, word: str) -> bool:
+    return isinstance(value, Text) and value.text.lower() == word
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, Text) and not value.text.strip()

@@ -1,0 +1,353 @@
+"""The kinds of values that the configuration files hold: how each is written, read, and described in the schema.
+
+Every reader takes the text of a scalar and raises ValueError with the rest of a sentence that begins with the
+field's name. A reader that quotes a value quotes it as written in the file, never as the environment filled it in;
+URLs and secrets are never quoted.
+"""
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from decimal import Decimal
+from ipaddress import IPv6Address
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, PlainValidator, ValidationInfo, WithJsonSchema
+
+from gateway.config.document import Text, quoted
+from gateway.config.model import Address, Secret
+from gateway.config.problem import suggestion
+from gateway.domain.money import MAX_NANO, AmountError, format_credits, parse_credits
+from gateway.domain.plan import DAY_MS, FULL_RATE_PPM
+from gateway.domain.price import femto_per_token
+
+PriceUnit = Literal["usd_per_million_tokens", "usd_per_token"]
+PRICE_UNITS: tuple[PriceUnit, ...] = ("usd_per_million_tokens", "usd_per_token")
+
+#: No model is cheaper or dearer than this (USD per million tokens), but a mistaken unit is off by a million.
+LEAST_PRICE = Decimal("0.001")
+MOST_PRICE = Decimal(2000)
+#: With the dearest price this keeps the dearest request (input and output, 40,000 credits) far below MAX_NANO.
+MOST_TOKENS = 10_000_000
+MOST_SIZE_BYTES = 2**30
+
+_DURATION_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000}
+_SIZE_BYTES = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_PRICE = re.compile(r"[0-9]{1,9}(\.[0-9]{1,18})?([eE][-+]?[0-9]{1,2})?")
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What readers must know of the rest of the files. None: unknown because of another mistake, so do not check."""
+
+    upstreams: Collection[str] | None
+    price_unit: PriceUnit | None
+
+
+def scalar(value: object) -> Text:
+    """The text of a value that must be a single one and not empty."""
+    text = possibly_empty(value)
+    if not text.text.strip():
+        raise ValueError("is empty: write a value or remove the line")
+    return text
+
+
+def possibly_empty(value: object) -> Text:
+    """The text of a value that must be a single one."""
+    if isinstance(value, str):  # a default of the raw model
+        return Text(value, value)
+    if not isinstance(value, Text):
+        raise ValueError(f"must be a single value, not a {'mapping' if isinstance(value, dict) else 'list'}")
+    return value
+
+
+def boolean(value: object) -> bool:
+    """True or False."""
+    text = scalar(value)
+    if text.text.lower() not in ("true", "false"):
+        raise ValueError(f"must be true or false, not {quoted(text.written)}")
+    return text.text.lower() == "true"
+
+
+def integer(value: object, least: int, most: int) -> int:
+    """A whole number in a range."""
+    text = scalar(value)
+    if not re.fullmatch(r"[0-9]{1,12}", text.text) or not least <= int(text.text) <= most:
+        raise ValueError(f"must be a whole number from {least} to {most}, not {quoted(text.written)}")
+    return int(text.text)
+
+
+def duration_ms(value: object, least: str, most: str) -> int:
+    """Milliseconds of a duration such as ``90s``, from least to most (written likewise)."""
+    text = scalar(value)
+    milliseconds = _milliseconds(text.text)
+    if milliseconds is None:
+        raise ValueError(f"must be a duration such as 24h, 30m, 90s or 500ms, not {quoted(text.written)}")
+    if not (_milliseconds(least) or 0) <= milliseconds <= (_milliseconds(most) or 0):
+        raise ValueError(f"must be from {least} to {most}, not {quoted(text.written)}")
+    return milliseconds
+
+
+def _milliseconds(text: str) -> int | None:
+    match = re.fullmatch(r"([0-9]{1,9})(ms|s|m|h)", text)
+    return int(match[1]) * _DURATION_MS[match[2]] if match else None
+
+
+def refresh_ms(value: object) -> int:
+    """Milliseconds of a refresh cycle; no window may cross midnight UTC."""
+    milliseconds = duration_ms(value, "1s", "24h")
+    if DAY_MS % milliseconds:
+        raise ValueError(
+            "must divide 24 hours evenly, so that no window crosses midnight UTC, as 24h, 12h, 8h, 6h and 30m do, "
+            f"not {quoted(scalar(value).written)}"
+        )
+    return milliseconds
+
+
+def size_bytes(value: object) -> int:
+    """Bytes of a size such as ``32MiB`` or a plain number."""
+    text = scalar(value)
+    match = re.fullmatch(r"([0-9]{1,12}) ?([A-Za-z]*)", text.text)
+    if not match or match[2] not in _SIZE_BYTES:
+        hint = suggestion(match[2], ("KiB", "MiB", "GiB")) if match else "write KiB, MiB or GiB, or plain bytes"
+        raise ValueError(f"must be a size such as 32MiB, not {quoted(text.written)}: {hint}")
+    size = int(match[1]) * _SIZE_BYTES[match[2]]
+    if not 1 <= size <= MOST_SIZE_BYTES:
+        raise ValueError(f"must be from 1 byte to 1GiB, not {quoted(text.written)}")
+    return size
+
+
+def credits_nano(value: object) -> int:
+    """Nano-credits of a plain decimal."""
+    text = scalar(value)
+    try:
+        return parse_credits(text.text)
+    except AmountError:
+        raise ValueError(
+            "must be an amount of credits, a plain decimal such as 12.50 with at most 9 decimals and at most "
+            f"{format_credits(MAX_NANO)}, not {quoted(text.written)}"
+        ) from None
+
+
+def rate_ppm(value: object) -> int:
+    """Parts per million of a rate such as ``0.9``."""
+    text = scalar(value)
+    if re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,6})?", text.text):
+        rate = Decimal(text.text)
+        if Decimal("0.01") <= rate <= 10:
+            return int(rate * FULL_RATE_PPM)
+    raise ValueError(
+        "must be a plain number from 0.01 to 10 with at most 6 decimals (1 is the list price), "
+        f"not {quoted(text.written)}"
+    )
+
+
+def price_unit(value: object) -> PriceUnit:
+    """The unit of every price of a file."""
+    text = scalar(value)
+    for unit in PRICE_UNITS:
+        if text.text == unit:
+            return unit
+    raise ValueError(f"must be a known unit, not {quoted(text.written)}: {suggestion(text.written, PRICE_UNITS)}")
+
+
+def price_femto(value: object, info: ValidationInfo) -> int:
+    """Femto-credits per token of a price in the file's unit; 0 where the unit is unknown."""
+    text = scalar(value)
+    if not _PRICE.fullmatch(text.text):
+        raise ValueError(f"must be a price in USD such as 0.638, not {quoted(text.written)}")
+    unit = _context(info).price_unit
+    if unit is None:
+        return 0
+    figure = Decimal(text.text)
+    per_token = figure.scaleb(-6) if unit == "usd_per_million_tokens" else figure
+    _check_plausible(figure, unit, per_token)
+    return femto_per_token(per_token)
+
+
+def _check_plausible(figure: Decimal, unit: PriceUnit, per_token: Decimal) -> None:
+    if _plausible(per_token):
+        return
+    both = f"is {plain(per_token)} USD per token, which is {plain(per_token.scaleb(6))} USD per million tokens"
+    if unit == "usd_per_million_tokens" and _plausible(figure):
+        raise ValueError(f"{both}: did you mean price_unit: usd_per_token?")
+    if unit == "usd_per_token" and _plausible(figure.scaleb(-6)):
+        raise ValueError(f"{both}: did you mean price_unit: usd_per_million_tokens?")
+    raise ValueError(f"{both}: a price is 0 or from {LEAST_PRICE} to {MOST_PRICE} USD per million tokens")
+
+
+def _plausible(per_token: Decimal) -> bool:
+    return not per_token or LEAST_PRICE <= per_token.scaleb(6) <= MOST_PRICE
+
+
+def plain(number: Decimal) -> str:
+    """A decimal without exponent and without trailing zeros."""
+    text = f"{number:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def tokens_within(value: object, info: ValidationInfo) -> int:
+    """The most tokens of an answer: a part of the context window."""
+    tokens = integer(value, 1, MOST_TOKENS)
+    window = info.data.get("context_window")
+    if window is not None and tokens > window:
+        raise ValueError(f"must be at most the context_window ({window}), not {tokens}")
+    return tokens
+
+
+def known_upstream(value: object, info: ValidationInfo) -> str:
+    """The name of an upstream of the main file."""
+    text = scalar(value)
+    names = _context(info).upstreams
+    if names is not None and text.text not in names:
+        raise ValueError(f"names no upstream, it is {quoted(text.written)}: {suggestion(text.written, names)}")
+    return text.text
+
+
+def _context(info: ValidationInfo) -> Context:
+    if not isinstance(info.context, Context):
+        raise TypeError("a price or a reference is read without its context")
+    return info.context
+
+
+def short_name(key: str) -> str:
+    """The name of a plan or an upstream."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", key):
+        raise ValueError("is not a name: write 1 to 64 of a-z, 0-9, _ and -, not starting with _ or -")
+    return key
+
+
+def model_name(key: str) -> str:
+    """The name of a model, as clients send it."""
+    if not 1 <= len(key) <= 200 or not key.isprintable() or " " in key:
+        raise ValueError("is not a model name: write 1 to 200 printable characters without spaces")
+    return key
+
+
+def secret(value: object) -> Secret:
+    """A key or token, possibly empty; white space around it is dropped, as files and variables often end in some."""
+    text = possibly_empty(value).text.strip()
+    if not re.fullmatch(r"[!-~]*", text):
+        raise ValueError("holds spaces or characters that no HTTP header can carry: check the value (it is not shown)")
+    return Secret(text)
+
+
+def directory(value: object) -> Path:
+    """A path."""
+    return Path(scalar(value).text)
+
+
+def address(value: object) -> Address:
+    """``host:port``; an IPv6 host is in brackets."""
+    text = scalar(value)
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})", text.text)
+    if not match or int(match[3]) > 65535 or (match[1] and not _is_ipv6(match[1])):
+        raise ValueError(
+            "must be host:port such as 127.0.0.1:8080, 0.0.0.0:8080 or [::1]:8080 with a port from 0 to 65535, "
+            f"not {quoted(text.written)}"
+        )
+    return Address(match[1] or match[2], int(match[3]))
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        IPv6Address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def base_url(value: object) -> str:
+    """An http or https URL without trailing slash."""
+    text = scalar(value).text
+    parts = _split_url(text)
+    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must be an http:// or https:// URL such as https://api.example.com/v1")
+    if "@" in parts.netloc:
+        raise ValueError("must not hold a user or password: use api_key")
+    if "?" in text or "#" in text:
+        raise ValueError("must not hold a ? or #: the gateway appends paths such as /chat/completions to it")
+    return text.rstrip("/")
+
+
+def store_url(value: object) -> str:
+    """``embedded`` or a URL of a supported scheme."""
+    text = scalar(value).text
+    if text == "embedded":
+        return text
+    parts = _split_url(text)
+    scheme = parts.scheme if parts else ""
+    if scheme in ("redis+sentinel", "redis+cluster"):
+        raise ValueError(f"is a {scheme}:// URL, which is not supported yet: use redis:// or rediss:// to one server")
+    has_target = parts and (parts.path if scheme == "unix" else parts.hostname)
+    if scheme not in ("redis", "rediss", "unix") or not has_target:
+        raise ValueError(
+            "must be embedded, or a URL such as redis://host:6379/0, rediss://host:6379/0 or unix:///path/to/socket "
+            "(the value is not shown: it may hold a password)"
+        )
+    return text
+
+
+def _split_url(text: str) -> Any:
+    try:
+        parts = urlsplit(text)
+        _ = parts.port  # raises for a port that is no number
+    except ValueError:
+        return None
+    return None if re.search(r"[\s\x00-\x1f\x7f]", text) else parts
+
+
+def _text_schema(pattern: str) -> dict[str, Any]:
+    # A value may always come from the environment, which only the loader can check.
+    return {"type": "string", "pattern": rf"{pattern}|\$\{{"}
+
+
+def _number_schema(pattern: str, kind: str, **bounds: float) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": [{"type": kind, **bounds}, _text_schema(pattern)]})
+
+
+_DURATION_SCHEMA = WithJsonSchema(_text_schema(r"^[0-9]{1,9}(ms|s|m|h)$"))
+_PRICE_SCHEMA = _number_schema(rf"^{_PRICE.pattern}$", "number", minimum=0)
+_TOKENS_SCHEMA = _number_schema("^[0-9]{1,8}$", "integer", minimum=1, maximum=MOST_TOKENS)
+_SECRET_SCHEMA = WithJsonSchema({"type": ["string", "number", "null"]})
+
+Boolean = Annotated[
+    bool, PlainValidator(boolean), WithJsonSchema({"anyOf": [{"type": "boolean"}, _text_schema("^(true|false)$")]})
+]
+TimeoutMs = Annotated[int, PlainValidator(lambda value: duration_ms(value, "1ms", "24h")), _DURATION_SCHEMA]
+StoreTimeoutMs = Annotated[int, PlainValidator(lambda value: duration_ms(value, "1ms", "60s")), _DURATION_SCHEMA]
+RefreshMs = Annotated[int, PlainValidator(refresh_ms), _DURATION_SCHEMA]
+SizeBytes = Annotated[
+    int,
+    PlainValidator(size_bytes),
+    _number_schema("^[0-9]{1,12} ?(B|KiB|MiB|GiB)?$", "integer", minimum=1, maximum=MOST_SIZE_BYTES),
+]
+CreditsNano = Annotated[
+    int,
+    PlainValidator(credits_nano),
+    _number_schema(r"^[0-9]{1,7}(\.[0-9]{1,9})?$", "number", minimum=0, maximum=MAX_NANO / 10**9),
+]
+RatePpm = Annotated[
+    int, PlainValidator(rate_ppm), _number_schema(r"^[0-9]{1,2}(\.[0-9]{1,6})?$", "number", minimum=0.01, maximum=10)
+]
+Unit = Annotated[PriceUnit, PlainValidator(price_unit), WithJsonSchema({"enum": list(PRICE_UNITS)})]
+PriceFemto = Annotated[int, PlainValidator(price_femto), _PRICE_SCHEMA]
+Tokens = Annotated[int, PlainValidator(lambda value: integer(value, 1, MOST_TOKENS)), _TOKENS_SCHEMA]
+TokensWithin = Annotated[int, PlainValidator(tokens_within), _TOKENS_SCHEMA]
+TemplateTokens = Annotated[
+    int,
+    PlainValidator(lambda value: integer(value, 0, 100_000)),
+    _number_schema("^[0-9]{1,6}$", "integer", minimum=0, maximum=100_000),
+]
+UpstreamReference = Annotated[str, PlainValidator(known_upstream), WithJsonSchema({"type": "string", "minLength": 1})]
+ShortName = Annotated[str, AfterValidator(short_name), WithJsonSchema({"type": "string"})]
+ModelName = Annotated[str, AfterValidator(model_name), WithJsonSchema({"type": "string"})]
+SecretText = Annotated[Secret, PlainValidator(secret), _SECRET_SCHEMA]
+Directory = Annotated[Path, PlainValidator(directory), WithJsonSchema({"type": "string", "minLength": 1})]
+Listen = Annotated[
+    Address, PlainValidator(address), WithJsonSchema(_text_schema(r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}$"))
+]
+BaseUrl = Annotated[str, PlainValidator(base_url), WithJsonSchema(_text_schema("^https?://[^?#@]+$"))]
+StoreUrl = Annotated[str, PlainValidator(store_url), WithJsonSchema(_text_schema("^embedded$|^(rediss?|unix)://"))]

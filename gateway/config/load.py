@@ -1,0 +1,143 @@
+"""Reads the configuration files into a GatewayConfig, or reports every mistake of every file at once."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from gateway.config.checks import check_listeners, check_plans, check_upstream_keys
+from gateway.config.document import Document, Text, quoted, read_document
+from gateway.config.fields import PRICE_UNITS, Context
+from gateway.config.model import AdminConfig, GatewayConfig, Limits, StoreConfig, Upstream
+from gateway.config.problem import ConfigError, Problem
+from gateway.config.raw import MainFile, ModelsFile, PlansFile, RawAllowance, RawModel, RawPlan, RawUpstream
+from gateway.config.validation import Section, validate
+from gateway.domain.model import Model
+from gateway.domain.plan import Allowance, Plan
+from gateway.domain.price import TokenPrices
+
+__all__ = ["ConfigError", "Problem", "load", "shipped_dir"]
+
+
+def shipped_dir() -> Path:
+    """The directory of the configuration that ships: inside an installed package, or the checkout's ``config``."""
+    packaged = Path(__file__).parent / "shipped"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "config"
+
+
+def load(path: Path | None = None, environ: Mapping[str, str] | None = None) -> GatewayConfig:
+    """Read gateway.yaml at path (default: the one that ships) and the files it names.
+
+    environ: what ``${NAME}`` stands for (default: the process's environment). Raises ConfigError with every mistake.
+    """
+    environ = os.environ if environ is None else environ
+    problems: list[Problem] = []
+    config = _load(path or shipped_dir() / "gateway.yaml", environ, problems)
+    if problems or config is None:
+        raise ConfigError(problems)
+    return config
+
+
+def _load(path: Path, environ: Mapping[str, str], problems: list[Problem]) -> GatewayConfig | None:
+    main = read_document(path, environ, problems)
+    if main is None:
+        return None
+    plans = _section(main, "plans", path.parent, environ)
+    models = _section(main, "models", path.parent, environ)
+    context = _context(main, models)
+    raw_main = validate(Section(main, main.tree), MainFile, context)
+    raw_plans = validate(plans, PlansFile, context) if plans else None
+    raw_models = validate(models, ModelsFile, context) if models else None
+    check_upstream_keys(main)
+    check_listeners(main)
+    if plans:
+        check_plans(plans)
+    if problems or raw_main is None or raw_plans is None or raw_models is None:
+        return None
+    return _build(raw_main, raw_plans, raw_models)
+
+
+def _section(main: Document, key: str, directory: Path, environ: Mapping[str, str]) -> Section | None:
+    """What plans: or models: holds, inline or in the file that it names. None when there is nothing to check."""
+    value = main.tree.get(key)
+    if value is None or (key,) in main.bad:
+        return None
+    if not isinstance(value, Text):
+        return Section(main, {key: value}) if key == "plans" else Section(main, value, (key,))
+    if not value.text.strip():
+        main.report((key,), f"{key} is empty: name a file such as {key}.yaml or write the mapping itself")
+        return None
+    file = directory / value.text
+    try:
+        file.stat()
+    except (OSError, ValueError):
+        main.report((key,), f"{key} names the file {quoted(value.written)}, which is not to be found beside this one")
+        return None
+    document = read_document(file, environ, main.problems)
+    return Section(document, document.tree) if document else None
+
+
+def _context(main: Document, models: Section | None) -> Context:
+    upstreams = main.tree.get("upstreams")
+    written = models.tree.get("price_unit") if models and isinstance(models.tree, dict) else None
+    unit = next((unit for unit in PRICE_UNITS if isinstance(written, Text) and written.text == unit), None)
+    # Without any upstream every model's would be unknown: the one mistake is the empty mapping.
+    return Context(tuple(upstreams) if upstreams and isinstance(upstreams, dict) else None, unit)
+
+
+def _build(main: MainFile, plans: PlansFile, models: ModelsFile) -> GatewayConfig:
+    return GatewayConfig(
+        listen=main.listen,
+        admin=AdminConfig(listen=main.admin.listen, token=main.admin.token or None),
+        store=StoreConfig(
+            url=main.store.url,
+            data_dir=main.store.data_dir,
+            timeout_ms=main.store.timeout,
+            allow_unsafe=main.store.allow_unsafe,
+        ),
+        upstreams={name: _upstream(name, raw) for name, raw in main.upstreams.items()},
+        plans={name: _plan(name, raw) for name, raw in plans.plans.items()},
+        default_plan=next(name for name, raw in plans.plans.items() if raw.default),
+        models={name: _model(name, raw) for name, raw in models.models.items()},
+        limits=Limits(body_bytes=main.limits.body, response_bytes=main.limits.response),
+    )
+
+
+def _upstream(name: str, raw: RawUpstream) -> Upstream:
+    return Upstream(
+        name=name,
+        base_url=raw.base_url,
+        api_key=raw.api_key,
+        connect_timeout_ms=raw.connect_timeout,
+        idle_timeout_ms=raw.idle_timeout,
+        total_timeout_ms=raw.total_timeout,
+        stream_usage=raw.stream_usage,
+    )
+
+
+def _plan(name: str, raw: RawPlan) -> Plan:
+    allowance = _allowance(raw.allowance) if raw.allowance else None
+    return Plan(name=name, allowance=allowance, rate_ppm=raw.rate, payg=raw.payg)
+
+
+def _allowance(raw: RawAllowance) -> Allowance:
+    if raw.monthly is not None:
+        return Allowance("monthly", raw.monthly, raw.refresh)
+    assert raw.per_window is not None, "checks.py admits no allowance without an amount"
+    return Allowance("per_window", raw.per_window, raw.refresh)
+
+
+def _model(name: str, raw: RawModel) -> Model:
+    prices = TokenPrices(
+        input_femto=raw.input_token_price,
+        output_femto=raw.output_token_price,
+        cache_read_femto=raw.cache_read_token_price,
+        cache_write_femto=raw.cache_write_token_price,
+    )
+    return Model(
+        name=name,
+        upstream=raw.upstream,
+        prices=prices,
+        context_window=raw.context_window,
+        max_output_tokens=raw.max_output_tokens,
+        template_tokens=raw.template_tokens,
+    )

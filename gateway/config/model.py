@@ -1,0 +1,129 @@
+"""The configuration as the rest of the program sees it: checked, frozen, with units in the names."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from gateway.domain.model import Model
+from gateway.domain.plan import Plan
+
+MIB = 2**20
+
+
+class Secret:
+    """A text that must not be shown: str, repr and format give ``***``. Falsy when empty."""
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def reveal(self) -> str:
+        """The text itself; only for the moment when it is sent or compared."""
+        return self._text
+
+    def __bool__(self) -> bool:
+        return bool(self._text)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and self._text == other._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+    def __repr__(self) -> str:
+        return "***"
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen. host: a name or an IP address, IPv6 without brackets. port: 0…65535, 0 means any free one."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class AdminConfig:
+    """The admin listener. token: None when none is set, never an empty Secret."""
+
+    listen: Address
+    token: Secret | None
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """Where the credits live.
+
+    url: ``embedded``, or a redis://, rediss:// or unix:// URL, which may hold a password: show shown_url instead.
+    data_dir: the embedded store's directory, relative to the working directory. timeout_ms: 1…60_000.
+    allow_unsafe: start even on a store whose settings may lose or evict credits.
+    """
+
+    url: str = field(repr=False)
+    data_dir: Path
+    timeout_ms: int = 2000
+    allow_unsafe: bool = False
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the gateway runs the store itself."""
+        return self.url == "embedded"
+
+    @property
+    def shown_url(self) -> str:
+        """The URL without user, password and query, fit for logs."""
+        if self.embedded:
+            return self.url
+        parts = urlsplit(self.url)
+        host = parts.netloc.rpartition("@")[2]
+        return f"{parts.scheme}://{host}{parts.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """A server that runs models, spoken to in OpenAI's protocol.
+
+    base_url: http or https, without a trailing slash. api_key: None for a server that needs none; an empty Secret
+    only in demo mode. stream_usage: whether ``stream_options.include_usage`` may be added to a streamed request.
+    idle_timeout_ms: the longest silence; total_timeout_ms: the longest answer.
+    """
+
+    name: str
+    base_url: str
+    api_key: Secret | None
+    connect_timeout_ms: int = 10_000
+    idle_timeout_ms: int = 300_000
+    total_timeout_ms: int = 900_000
+    stream_usage: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The largest request body and the largest answer held in memory, in bytes."""
+
+    body_bytes: int = 32 * MIB
+    response_bytes: int = 64 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """Everything that the configuration files say. Mappings are by name and have at least one entry each."""
+
+    listen: Address
+    admin: AdminConfig
+    store: StoreConfig
+    upstreams: Mapping[str, Upstream]
+    plans: Mapping[str, Plan]
+    default_plan: str
+    models: Mapping[str, Model]
+    limits: Limits
+
+    @property
+    def demo(self) -> bool:
+        """No upstream is set up: each has an api_key line whose value is empty, so the demo model answers."""
+        return all(upstream.api_key is not None and not upstream.api_key for upstream in self.upstreams.values())

@@ -1,0 +1,184 @@
+"""The YAML files as they are written. Unknown keys are errors; defaults are in the files' own notation.
+
+Rules that join several values (one default plan, one kind of allowance) are in checks.py. The descriptions and
+examples here appear in the JSON Schema and in the messages about missing keys.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from gateway.config.fields import (
+    BaseUrl,
+    Boolean,
+    CreditsNano,
+    Directory,
+    Listen,
+    ModelName,
+    PriceFemto,
+    RatePpm,
+    RefreshMs,
+    SecretText,
+    ShortName,
+    SizeBytes,
+    StoreTimeoutMs,
+    StoreUrl,
+    TemplateTokens,
+    TimeoutMs,
+    Tokens,
+    TokensWithin,
+    Unit,
+    UpstreamReference,
+)
+
+
+class _Mapping(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class RawAdmin(_Mapping):
+    """The admin listener: metrics, health and the admin API."""
+
+    listen: Listen = Field(default="127.0.0.1:9090", validate_default=True, description="host:port, IPv6 in brackets")
+    token: SecretText = Field(
+        default="", validate_default=True, description="What admin requests must show; empty for none"
+    )
+
+
+class RawStore(_Mapping):
+    """Where the credits live."""
+
+    url: StoreUrl = Field(
+        default="embedded", validate_default=True, description="embedded, or a redis://, rediss:// or unix:// URL"
+    )
+    data_dir: Directory = Field(
+        default="./data",
+        validate_default=True,
+        description="The embedded store's directory; a relative one is relative to the working directory",
+    )
+    timeout: StoreTimeoutMs = Field(
+        default="2s", validate_default=True, description="The longest wait for the store, at most 60s"
+    )
+    allow_unsafe: Boolean = Field(
+        default="false",
+        validate_default=True,
+        description="Start even on a store whose settings may lose or evict credits",
+    )
+
+
+class RawUpstream(_Mapping):
+    """A server that runs models and speaks OpenAI's protocol."""
+
+    base_url: BaseUrl = Field(
+        examples=["https://api.example.com/v1"], description="http(s) URL to which /chat/completions is appended"
+    )
+    api_key: SecretText | None = Field(
+        default=None,
+        description="The upstream's key. Leave the line out for a server that needs none; an empty value means "
+        "that the upstream is not set up, and when none is, the built-in demo model answers",
+    )
+    connect_timeout: TimeoutMs = Field(
+        default="10s", validate_default=True, description="The longest wait for a connection"
+    )
+    idle_timeout: TimeoutMs = Field(
+        default="300s", validate_default=True, description="The longest silence of an answer"
+    )
+    total_timeout: TimeoutMs = Field(default="900s", validate_default=True, description="The longest answer")
+    stream_usage: Boolean = Field(
+        default="true",
+        validate_default=True,
+        description="Whether stream_options.include_usage may be added to requests",
+    )
+
+
+class RawAllowance(_Mapping):
+    """Credits granted again in every window: exactly one of monthly and per_window."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["monthly"]}, {"required": ["per_window"]}]})
+
+    monthly: CreditsNano | None = Field(
+        default=None, description="Credits a calendar month (UTC), spread over its windows"
+    )
+    per_window: CreditsNano | None = Field(default=None, description="Credits in each window")
+    refresh: RefreshMs = Field(examples=["24h"], description="The length of a window; divides 24 hours evenly")
+
+
+class RawPlan(_Mapping):
+    """What an account may spend."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"required": ["allowance"]}, {"properties": {"payg": {"not": {"const": False}}}}]}
+    )
+
+    default: Boolean = Field(
+        default="false", validate_default=True, description="The plan of new accounts; exactly one plan"
+    )
+    allowance: RawAllowance | None = Field(
+        default=None, description="Leave it out for a plan that is only pay-as-you-go"
+    )
+    rate: RatePpm = Field(
+        default="1", validate_default=True, description="What the allowance pays of the list price, 0.01 to 10"
+    )
+    payg: Boolean = Field(
+        default="true", validate_default=True, description="Whether prepaid credits pay beyond the allowance"
+    )
+
+
+class RawModel(_Mapping):
+    """A model that is sold, and its list prices in the file's price_unit."""
+
+    upstream: UpstreamReference = Field(examples=["ionet"], description="The name of the upstream that serves it")
+    input_token_price: PriceFemto = Field(examples=["0.638"], description="USD; 0 for a free model")
+    output_token_price: PriceFemto = Field(examples=["0.768"], description="USD; 0 for an embedding model")
+    cache_read_token_price: PriceFemto | None = Field(default=None, description="USD; without it the input price")
+    cache_write_token_price: PriceFemto | None = Field(default=None, description="USD; without it the input price")
+    context_window: Tokens = Field(examples=["128000"], description="Tokens of prompt and answer together")
+    max_output_tokens: TokensWithin = Field(
+        examples=["8192"], description="The most tokens of one answer, at most the context window"
+    )
+    template_tokens: TemplateTokens = Field(
+        default="256",
+        validate_default=True,
+        description="The most tokens that the upstream's chat template adds to a prompt",
+    )
+
+
+class PlansFile(_Mapping):
+    """plans.yaml."""
+
+    plans: dict[ShortName, RawPlan] = Field(description="The plans by name")
+
+
+class ModelsFile(_Mapping):
+    """models.yaml."""
+
+    price_unit: Unit = Field(examples=["usd_per_million_tokens"], description="The unit of every price of this file")
+    models: dict[ModelName, RawModel] = Field(min_length=1, description="The models by the name that clients send")
+
+
+def _file_or(inline: dict[str, Any]) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": [{"type": "string", "minLength": 1}, inline]})
+
+
+class RawLimits(_Mapping):
+    """Sizes in bytes or with KiB, MiB, GiB; at most 1GiB."""
+
+    body: SizeBytes = Field(default="32MiB", validate_default=True, description="The largest request body")
+    response: SizeBytes = Field(default="64MiB", validate_default=True, description="The largest answer held in memory")
+
+
+class MainFile(_Mapping):
+    """gateway.yaml. ``${NAME}`` and ``${NAME:-default}`` in values come from the environment."""
+
+    listen: Listen = Field(default="127.0.0.1:8080", validate_default=True, description="host:port, IPv6 in brackets")
+    admin: RawAdmin = Field(default_factory=RawAdmin)
+    store: RawStore = Field(default_factory=RawStore)
+    upstreams: dict[ShortName, RawUpstream] = Field(min_length=1, description="The upstreams by name")
+    plans: Annotated[Any, _file_or({"$ref": "#/$defs/PlansFile/properties/plans"})] = Field(
+        examples=["plans.yaml"], description="A file beside this one, or the mapping of plans itself"
+    )
+    models: Annotated[Any, _file_or({"$ref": "#/$defs/ModelsFile"})] = Field(
+        examples=["models.yaml"],
+        description="A file beside this one, or its content: a mapping with price_unit and models",
+    )
+    limits: RawLimits = Field(default_factory=RawLimits)

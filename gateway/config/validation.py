@@ -1,0 +1,75 @@
+"""Checks a document against its raw model and says what is wrong in plain sentences."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from gateway.config.document import Document, Location, dotted
+from gateway.config.fields import Context
+from gateway.config.problem import suggestion
+
+Raw = TypeVar("Raw", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of a document that one raw model describes. prefix: where in the document the part begins."""
+
+    document: Document
+    tree: Any
+    prefix: Location = ()
+
+    def report(self, location: Location, predicate: str, *, at_key: bool = False) -> None:
+        """Note a mistake at a location of the section; predicate continues a sentence that begins with its name."""
+        full = (*self.prefix, *location)
+        named = full[:-1] if full and full[-1] == "[key]" else full
+        self.document.report(full, f"{dotted(named)} {predicate}", at_key=at_key)
+
+
+def validate(section: Section, model: type[Raw], context: Context) -> Raw | None:
+    """The section as its raw model, or None after every mistake in it has been reported."""
+    try:
+        return model.model_validate(section.tree, context=context)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_input=False)
+    for detail in details:
+        _report(section, model, detail)
+    return None
+
+
+def _report(section: Section, model: type[BaseModel], detail: ErrorDetails) -> None:
+    location = detail["loc"]
+    match detail["type"]:
+        case "value_error":
+            at_key = bool(location) and location[-1] == "[key]"
+            section.report(location, str(detail["ctx"]["error"]), at_key=at_key)
+        case "missing":
+            examples = _fields(model, location[:-1])[str(location[-1])].examples
+            how = f"a line such as `{location[-1]}: {examples[0]}`" if examples else "it"
+            section.report(location, f"is missing: add {how}", at_key=True)
+        case "extra_forbidden":
+            known = _fields(model, location[:-1])
+            section.report(location, f"is not known: {suggestion(str(location[-1]), known)}", at_key=True)
+        case "too_short":
+            section.report(location, "is empty: add at least one", at_key=True)
+        case _:
+            section.report(location, "must be a mapping of `key: value` lines")
+
+
+def _fields(model: type[BaseModel], location: Iterable[str | int]) -> dict[str, Any]:
+    """The fields of the raw model at a location."""
+    kind: Any = model
+    for part in location:
+        kind = kind.model_fields[part].annotation if hasattr(kind, "model_fields") else get_args(kind)[1]
+        kind = _without_none(kind)
+    fields: dict[str, Any] = kind.model_fields
+    return fields
+
+
+def _without_none(kind: Any) -> Any:
+    choices = [choice for choice in get_args(kind) if choice is not NoneType]
+    return choices[0] if NoneType in get_args(kind) and get_origin(kind) is not dict else kind

@@ -1,0 +1,147 @@
+"""One connection to a store node: commands of the same moment are written together, replies come in order.
+
+A command per round trip through a general client costs about 110 µs of Python; written together it is a tenth
+of that, and the server's syscalls are shared as well.
+"""
+
+import asyncio
+import ssl
+from collections import deque
+from typing import Any, cast
+
+import hiredis
+from redis.asyncio.connection import parse_url
+
+from gateway.credits.errors import ReplyLost, StoreRefused, StoreUnavailable
+
+#: A reply: bytes, int, None, or a list of replies.
+Reply = Any
+
+#: Commands that may wait for a reply on one connection; beyond it the store is as good as down.
+MAX_PENDING = 20_000
+
+
+class Connection(asyncio.Protocol):
+    """A pipelined connection. Made by ``connect``; of no use once ``lost`` is set."""
+
+    def __init__(self, timeout_ms: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._timeout_s = timeout_ms / 1000
+        self._reader = hiredis.Reader(replyError=StoreRefused)
+        self._outbox: list[bytes] = []
+        self._pending: deque[tuple[asyncio.Future[Reply], float]] = deque()
+        self._transport: asyncio.Transport | None = None
+        self._watchdog: asyncio.TimerHandle | None = None
+        self.lost = asyncio.Event()
+
+    def send(self, *command: str | bytes | int) -> "asyncio.Future[Reply]":
+        """Queue a command; its reply is the future's result.
+
+        Raises StoreUnavailable at once if nothing was written. The future raises ReplyLost if the connection
+        ends first and StoreRefused for an error reply. Cancelling the future does not recall the command.
+        """
+        if self.lost.is_set() or len(self._pending) >= MAX_PENDING:
+            raise StoreUnavailable("the store does not answer")
+        future: asyncio.Future[Reply] = self._loop.create_future()
+        if not self._outbox:
+            self._loop.call_soon(self._flush)
+        self._outbox.append(hiredis.pack_command(cast(Any, command)))  # its stub names tuples of one element
+        self._pending.append((future, self._loop.time() + self._timeout_s))
+        if self._watchdog is None:
+            self._watchdog = self._loop.call_later(self._timeout_s, self._check_oldest)
+        return future
+
+    def close(self) -> None:
+        """End the connection; commands without a reply fail with ReplyLost."""
+        if self._transport is not None:
+            self._transport.abort()
+        self._fail_pending("the connection to the store was closed")
+
+    def _flush(self) -> None:
+        if self._transport is not None and not self.lost.is_set():
+            self._transport.write(b"".join(self._outbox))
+        self._outbox.clear()
+
+    def _check_oldest(self) -> None:
+        # One timer for the whole connection: replies come in order, so only the oldest command can be late.
+        self._watchdog = None
+        if not self._pending:
+            return
+        wait_s = self._pending[0][1] - self._loop.time()
+        if wait_s > 0:
+            self._watchdog = self._loop.call_later(wait_s, self._check_oldest)
+        else:
+            self.close()
+
+    def _fail_pending(self, reason: str) -> None:
+        self.lost.set()
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            self._watchdog = None
+        while self._pending:
+            future, _ = self._pending.popleft()
+            if not future.done():
+                future.set_exception(ReplyLost(reason))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by the event loop."""
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the event loop: hand each complete reply to the command that waits for it."""
+        self._reader.feed(data)
+        try:
+            while (reply := self._reader.gets()) is not False:
+                future, _ = self._pending.popleft()
+                if future.done():
+                    continue
+                if isinstance(reply, StoreRefused):
+                    future.set_exception(reply)
+                else:
+                    future.set_result(reply)
+        except (hiredis.ProtocolError, IndexError):
+            self.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by the event loop."""
+        self._fail_pending(f"the connection to the store ended: {exc or 'closed by the store'}")
+
+
+async def connect(url: str, timeout_ms: int) -> Connection:
+    """Connect and log in as the URL says: redis://, rediss:// or unix://.
+
+    Raises StoreUnavailable when nobody answers in time, StoreRefused for a wrong password or database.
+    """
+    options: dict[str, Any] = dict(parse_url(url))
+    loop = asyncio.get_running_loop()
+    connection: Connection | None = None
+    try:
+        async with asyncio.timeout(timeout_ms / 1000):
+            if "path" in options:
+                _, connection = await loop.create_unix_connection(lambda: Connection(timeout_ms), options["path"])
+            else:
+                context = ssl.create_default_context() if url.startswith("rediss://") else None
+                if context and options.get("ssl_ca_certs"):
+                    context.load_verify_locations(options["ssl_ca_certs"])
+                _, connection = await loop.create_connection(
+                    lambda: Connection(timeout_ms),
+                    options.get("host", "localhost"),
+                    options.get("port", 6379),
+                    ssl=context,
+                )
+            await _log_in(connection, options)
+    except (OSError, TimeoutError) as error:
+        raise StoreUnavailable(f"cannot reach the store: {error or 'timed out'}") from error
+    except BaseException:
+        if connection is not None:
+            connection.close()
+        raise
+    return connection
+
+
+async def _log_in(connection: Connection, options: dict[str, Any]) -> None:
+    if password := options.get("password"):
+        user = options.get("username")
+        await connection.send("AUTH", *([user] if user else []), password)
+    if database := options.get("db"):
+        await connection.send("SELECT", database)

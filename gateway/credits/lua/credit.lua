@@ -1,0 +1,40 @@
+#!lua
+--[[ credit: add prepaid credits to an account, as a grant (bought or given) or as a refund (of what was charged).
+
+KEYS  1 account hash   2 shard's records   3 shard's due set   4 shard's ledger
+ARGV  1 account   2 operation id   3 'grant' or 'refund'   4 amount (nano)   5 reason for the ledger
+Returns {'credited', repeated (0/1), balance (nano)}
+        {'conflict'}: the operation id was used for something else   {'unknown_account'}
+        {'too_large', most that could be added (nano)}
+        {'exceeds_spent', most that could be refunded (nano)}: no more comes back than prepaid credits ever paid ]]
+--#include number window account ledger operation
+
+assert(#KEYS == 4 and #ARGV == 5, 'credit takes 4 keys and 5 arguments')
+local name, id, kind = ARGV[1], ARGV[2], ARGV[3]
+local amount = whole(ARGV[4], 'amount')
+
+-- Read
+local account = load_account(KEYS[1])
+if not account then return {'unknown_account'} end
+local now = account_ms(account)
+
+-- Check
+local state = operation_state(KEYS[2], name, id, kind, ARGV[4])
+if state == 'conflict' then return {'conflict'} end
+if state == 'repeated' then return {'credited', '1', digits(account.balance)} end
+if account.balance + amount > MAX_NANO then return {'too_large', digits(MAX_NANO - account.balance)} end
+if kind == 'refund' then
+  -- Lifetime sums may pass 2^53; their difference is then off by a few nano, in nobody's favour for long.
+  local spent = tonumber(redis.call('HGET', KEYS[1], 'total_spent') or '0')
+  local refunded = tonumber(redis.call('HGET', KEYS[1], 'total_refunded') or '0')
+  if amount > spent - refunded then return {'exceeds_spent', digits(spent - refunded)} end
+end
+
+-- Write
+account.balance = account.balance + amount
+remember_time(account, now)
+add_total(account, kind == 'refund' and 'refunded' or 'bought', amount)
+append_entry(KEYS[4], name, account, kind, id, now, {balance = amount}, {'note', ARGV[5]})
+save_account(account)
+write_operation(KEYS[2], KEYS[3], name, id, kind, ARGV[4], now)
+return {'credited', '0', digits(account.balance)}

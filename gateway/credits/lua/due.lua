@@ -1,0 +1,24 @@
+#!lua
+--[[ due: what the reaper has to do in one shard; forgets ended records whose retention is over.
+
+KEYS  1 shard's records   2 shard's due set
+ARGV  1 most ids to look at in one call
+Returns {ids looked at, id, account, id, account, …}: the open reservations whose lease has run out ]]
+--#include number window account reservation
+
+assert(#KEYS == 2 and #ARGV == 1, 'due takes 2 keys and 1 argument')
+local limit = whole(ARGV[1], 'limit')
+
+local ids = redis.call('ZRANGEBYSCORE', KEYS[2], 1, digits(store_ms()), 'LIMIT', 0, limit)
+local reply = {digits(#ids)}
+for _, id in ipairs(ids) do
+  local record = read_record(KEYS[1], id)
+  if record and record.state == 'open' then
+    reply[#reply + 1] = id
+    reply[#reply + 1] = record.account
+  else
+    redis.call('HDEL', KEYS[1], id)
+    redis.call('ZREM', KEYS[2], id)
+  end
+end
+return reply

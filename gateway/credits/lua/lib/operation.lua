@@ -1,0 +1,17 @@
+-- Operations of an operator (grant, refund, plan change) carry an id of the caller's and happen once.
+-- Record: kind|account|parameters, kept in the shard's record hash under 'op:account:id'.
+
+local OPERATION_RETENTION_MS = 90 * 86400000 -- payment providers repeat their calls for days, never for months
+
+-- 'new', 'repeated' or 'conflict' (the id was used for something else)
+local function operation_state(records, name, id, kind, parameters)
+  local text = redis.call('HGET', records, 'op:' .. name .. ':' .. id)
+  if not text then return 'new' end
+  return text == table.concat({kind, name, parameters}, '|') and 'repeated' or 'conflict'
+end
+
+local function write_operation(records, due, name, id, kind, parameters, now)
+  local member = 'op:' .. name .. ':' .. id
+  redis.call('HSET', records, member, table.concat({kind, name, parameters}, '|'))
+  redis.call('ZADD', due, digits(now + OPERATION_RETENTION_MS), member)
+end

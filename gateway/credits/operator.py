@@ -1,0 +1,201 @@
+"""What an operator does with accounts, keys and credits: the verbs of the command line."""
+
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from gateway.credits import scripts
+from gateway.credits.api_keys import check_key_name, check_secret, digest_of, new_secret
+from gateway.credits.errors import EngineError, UnknownAccount, UnknownPlan, UnknownReservation
+from gateway.credits.keyspace import (
+    ACCOUNT_PATTERN,
+    SHARDS,
+    account_key,
+    shard_keys,
+    shard_of,
+    shard_of_reservation,
+)
+from gateway.credits.service import repeat_if_lost
+from gateway.credits.store import Store
+from gateway.domain.decision import Funds, Settlement
+from gateway.domain.names import check_account_name, check_operation_id, check_reason
+from gateway.domain.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class OpenReservation:
+    """One line of ``reservations list``."""
+
+    id: str
+    account: str
+    held_nano: int
+    created_at_ms: int
+    lease_expires_at_ms: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """One line of ``keys list``. The secret itself is nowhere."""
+
+    id: str
+    name: str
+    created_at_ms: int
+
+
+class Operator:
+    """The use cases of an operator. Operations that move credits carry an id and happen once.
+
+    All raise ValueError for an account name, operation id or reason that ``domain/names.py`` refuses.
+    """
+
+    def __init__(self, store: Store, plans: Mapping[str, Plan], default_plan: str) -> None:
+        self._store = store
+        self._plans = plans
+        self._default_plan = default_plan
+
+    def _plan(self, name: str) -> Plan:
+        try:
+            return self._plans[name]
+        except KeyError:
+            raise UnknownPlan(name) from None
+
+    async def create_account(self, account: str, plan: str | None = None) -> Funds:
+        """Open an account on a plan (the default one without). Raises Rejected if it exists, UnknownPlan."""
+        check_account_name(account)
+        return await scripts.create(self._store, account, self._plan(plan or self._default_plan))
+
+    async def accounts(self) -> list[str]:
+        """The names of all accounts, sorted."""
+        names, cursor = [], b"0"
+        while True:
+            cursor, keys = await self._store.call("SCAN", cursor, "MATCH", ACCOUNT_PATTERN, "COUNT", 1000)
+            names += [key.decode().split(":account:", 1)[1] for key in keys]
+            if cursor == b"0":
+                return sorted(set(names))
+
+    async def funds(self, account: str) -> Funds:
+        """The account's credits as of now. Raises UnknownAccount, UnknownPlan."""
+        check_account_name(account)
+        plan = self._default_plan
+        while isinstance(outcome := await scripts.show(self._store, account, self._plan(plan)), str):
+            plan = outcome
+        return outcome
+
+    async def set_plan(self, account: str, plan: str, operation: str | None = None, version: int = 0) -> Funds:
+        """Move the account to another plan. Raises UnknownAccount, UnknownPlan, OperationConflict, Rejected."""
+        check_account_name(account)
+        target = self._plan(plan)
+        operation = check_operation_id(operation or _new_operation())
+        return await repeat_if_lost(
+            self._store, lambda: scripts.set_plan(self._store, account, operation, version, target)
+        )
+
+    async def credit(
+        self,
+        account: str,
+        amount_nano: int,
+        kind: Literal["grant", "refund"],
+        operation: str | None = None,
+        reason: str = "",
+    ) -> tuple[int, bool]:
+        """Add prepaid credits; the new balance and whether this operation id had been done before.
+        Raises UnknownAccount, OperationConflict, Rejected."""
+        check_account_name(account)
+        check_reason(reason)
+        operation = check_operation_id(operation or _new_operation())
+        return await repeat_if_lost(
+            self._store, lambda: scripts.credit(self._store, account, operation, kind, amount_nano, reason)
+        )
+
+    async def create_key(self, account: str, name: str = "", secret: str | None = None) -> tuple[ApiKey, str]:
+        """Make a key, of a new secret or of one given; the key and its secret. Raises UnknownAccount, ValueError
+        for an unusable name or secret, EngineError for a secret that another key has."""
+        check_account_name(account)
+        secret = check_secret(secret) if secret is not None else new_secret()
+        name = check_key_name(name) if name else ""
+        if not await self._store.call("EXISTS", account_key(account)):
+            raise UnknownAccount(account)
+        digest = digest_of(secret)
+        created_ms = time.time_ns() // 1_000_000
+        index = shard_keys(digest.shard).api_keys
+        # The account first: an index entry that leads to an account without the key is refused, never the reverse.
+        if not await self._store.call("HSETNX", account_key(account), f"k:{digest.id}", f"{created_ms}|{name}"):
+            raise EngineError(f"account {account!r} has a key with this secret already")
+        if not await self._store.call("HSETNX", index, digest.id, f"{account}|{digest.hex}"):
+            await self._store.call("HDEL", account_key(account), f"k:{digest.id}")
+            raise EngineError("another account has a key with this secret already")
+        return ApiKey(f"key_{digest.id}", name, created_ms), secret
+
+    async def keys(self, account: str) -> list[ApiKey]:
+        """The account's keys, oldest first. Raises UnknownAccount."""
+        check_account_name(account)
+        flat = [text.decode() for text in await self._store.call("HGETALL", account_key(account))]
+        if not flat:
+            raise UnknownAccount(account)
+        found = []
+        for field, value in zip(flat[::2], flat[1::2], strict=True):
+            if field.startswith("k:"):
+                created, name = value.split("|", 1)
+                found.append(ApiKey(f"key_{field[2:]}", name, int(created)))
+        return sorted(found, key=lambda key: key.created_at_ms)
+
+    async def revoke_key(self, key: str) -> str:
+        """End a key at once, on every gateway; the account it belonged to. Raises EngineError if there is none."""
+        digest = key.removeprefix("key_")
+        unknown = EngineError(f"there is no key {key!r}")
+        if len(digest) != 24 or not set(digest) <= set("0123456789abcdef"):
+            raise unknown
+        index = shard_keys(int(digest[:2], 16)).api_keys
+        entry = await self._store.call("HGET", index, digest)
+        if entry is None:
+            raise unknown
+        account: str = entry.decode().split("|")[0]
+        await self._store.call("HDEL", account_key(account), f"k:{digest}")
+        await self._store.call("HDEL", index, digest)
+        return account
+
+    async def reservations(self, account: str | None = None) -> list[OpenReservation]:
+        """The open reservations of an account, or of all, oldest first."""
+        shards = range(SHARDS) if account is None else (shard_of(check_account_name(account)),)
+        found = []
+        for shard in shards:
+            cursor = b"0"
+            while True:
+                cursor, flat = await self._store.call("HSCAN", shard_keys(shard).records, cursor, "COUNT", 1000)
+                pairs = zip(flat[::2], flat[1::2], strict=True)
+                found += [_open_reservation(name, text) for name, text in pairs if text.startswith(b"open|")]
+                if cursor == b"0":
+                    break
+        if account is not None:
+            found = [one for one in found if one.account == account]
+        return sorted({one.id: one for one in found}.values(), key=lambda one: one.created_at_ms)
+
+    async def void_reservation(self, reservation: str) -> Settlement:
+        """Give an open reservation's hold back; the way it ended, if it had ended. Raises UnknownReservation."""
+        shard = shard_of_reservation(reservation)
+        record = None if shard is None else await self._store.call("HGET", shard_keys(shard).records, reservation)
+        if record is None:
+            raise UnknownReservation(reservation)
+        account = record.decode().split("|")[1]
+        outcome = await scripts.release(self._store, account, reservation, "void")
+        assert outcome is not None
+        return outcome
+
+
+def _open_reservation(name: bytes, text: bytes) -> OpenReservation:
+    parts = text.decode().split("|")
+    return OpenReservation(
+        id=name.decode(),
+        account=parts[1],
+        held_nano=int(parts[3]) + int(parts[4]),
+        created_at_ms=int(parts[8]),
+        lease_expires_at_ms=int(parts[9]),
+        model=parts[12],
+    )
+
+
+def _new_operation() -> str:
+    return f"op_{secrets.token_hex(12)}"

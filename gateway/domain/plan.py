@@ -1,0 +1,36 @@
+"""Plans: what an account may spend, how often it refreshes and at which rate."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+DAY_MS = 86_400_000
+
+#: Rates are parts per million of the list price, so that Lua can multiply by them exactly.
+FULL_RATE_PPM = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """Credits granted again in every window.
+
+    ``monthly``: amount_nano is spread over the windows of the calendar month (UTC) and sums to it exactly.
+    ``per_window``: amount_nano is granted whole in each window.
+    refresh_ms divides a day evenly, so that no window crosses midnight UTC.
+    """
+
+    kind: Literal["monthly", "per_window"]
+    amount_nano: int
+    refresh_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One plan of the configuration.
+
+    rate_ppm is what the allowance pays of the list price; prepaid credits (payg) always pay all of it.
+    """
+
+    name: str
+    allowance: Allowance | None
+    rate_ppm: int = FULL_RATE_PPM
+    payg: bool = True

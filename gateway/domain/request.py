@@ -1,0 +1,279 @@
+"""What a request asks of a model, read from its decoded JSON body, and the most that it can use.
+
+Only fields whose meaning for the cost is known are let through: a field that an upstream understands and the
+gateway does not (``n_predict`` beside ``max_tokens``, say) would be forwarded at one price and answered at another.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gateway.domain.model import Model
+from gateway.domain.price import Tokens
+
+Operation = Literal["chat", "text_completion", "embeddings"]
+
+MAX_COMPLETIONS = 128
+MAX_PROMPTS = 2048
+
+#: Less output than this is no answer: a request that cannot hold it (or what it asks for, if less) is refused.
+MIN_OUTPUT_TOKENS = 16
+
+#: English text runs at about four bytes per token. Only used to charge input and output for which no upstream
+#: gave a usage, and never beyond the bound.
+BYTES_PER_TOKEN = 4
+
+_EVERYWHERE = frozenset({"model", "user", "metadata", "safety_identifier"})
+_SAMPLING = frozenset(
+    "temperature top_p top_k min_p typical_p top_a repetition_penalty presence_penalty frequency_penalty logit_bias "
+    "seed stop stop_token_ids bad_words ignore_eos min_tokens skip_special_tokens spaces_between_special_tokens "
+    "logprobs top_logprobs prompt_logprobs response_format guided_json guided_regex guided_choice guided_grammar "
+    "structured_outputs grammar json_schema stream stream_options max_tokens n cache_prompt samplers mirostat "
+    "mirostat_tau mirostat_eta repeat_penalty repeat_last_n dry_multiplier dry_base dry_allowed_length "
+    "dry_penalty_last_n dry_sequence_breakers xtc_probability xtc_threshold store prompt_cache_key "
+    "prompt_cache_retention add_special_tokens return_tokens_as_token_ids include_stop_str_in_output".split()
+)
+_FIELDS: dict[Operation, frozenset[str]] = {
+    "chat": _EVERYWHERE
+    | _SAMPLING
+    | frozenset(
+        "messages max_completion_tokens tools tool_choice parallel_tool_calls functions function_call "
+        "reasoning_effort verbosity chat_template_kwargs add_generation_prompt continue_final_message "
+        "reasoning_format thinking_forced_open modalities service_tier include_reasoning".split()
+    ),
+    "text_completion": _EVERYWHERE | _SAMPLING | frozenset({"prompt", "suffix", "echo", "best_of"}),
+    "embeddings": _EVERYWHERE | frozenset({"input", "dimensions", "encoding_format", "truncate_prompt_tokens"}),
+}
+
+
+class InvalidRequest(ValueError):
+    """The body cannot be priced. param: the field that is at fault, or None for the body as a whole."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a request asks for.
+
+    input_bytes: UTF-8 bytes of its JSON, an upper bound of its text's tokens; None where it holds something other
+    than text. prompts: how many inputs; completions: answers per prompt. max_tokens: most output tokens per
+    answer that the client named, in limit_field.
+    """
+
+    operation: Operation
+    model: str
+    input_bytes: int | None
+    prompts: int = 1
+    completions: int = 1
+    max_tokens: int | None = None
+    limit_field: str = "max_tokens"
+    echo: bool = False
+    stream: bool = False
+    wants_usage: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """The most that a request can use: input tokens in all, and output tokens of each of its answers."""
+
+    input_tokens: int
+    answers: int
+    output_tokens_each: int
+    echo: bool = False
+
+    def tokens(self, output_tokens_each: int) -> Tokens:
+        """The use if every answer has output_tokens_each tokens."""
+        echoed = self.input_tokens if self.echo else 0
+        return Tokens(self.input_tokens, self.answers * (output_tokens_each + echoed) if self.answers else 0)
+
+
+def read_request(operation: Operation, body: object, size_bytes: int, extra_fields: Collection[str] = ()) -> Ask:
+    """Read the fields that decide about the cost; size_bytes is the length of the body as it will be forwarded.
+
+    Raises InvalidRequest for a field of the wrong type, out of range, or not known to be free of charge.
+    """
+    if not isinstance(body, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    _refuse_unknown(operation, body, extra_fields)
+    model = body.get("model")
+    if not isinstance(model, str) or not model:
+        raise InvalidRequest("'model' must be a string", "model")
+    match operation:
+        case "chat":
+            return _read_chat(body, model, size_bytes)
+        case "text_completion":
+            return _read_completion(body, model, size_bytes)
+        case "embeddings":
+            prompts = _count_prompts(body, "input")
+            return Ask("embeddings", model, size_bytes, prompts=prompts, completions=0)
+
+
+def bound_of(ask: Ask, model: Model) -> Bound:
+    """The most that ask can use of model."""
+    context = model.context_window * ask.prompts
+    if ask.input_bytes is None:
+        input_tokens = context
+    else:
+        input_tokens = min(context, ask.input_bytes + model.template_tokens * ask.prompts)
+    answers = ask.completions * ask.prompts
+    if not answers:
+        return Bound(input_tokens, 0, 0)
+    most = min(model.max_output_tokens, model.context_window)
+    if ask.max_tokens is not None:
+        most = min(most, ask.max_tokens)
+    else:
+        # Servers refuse a max_tokens that does not fit beside the prompt. The client named none, so what is put
+        # in must fit: beside the bound where that is small, else beside three quarters of the context window.
+        beside = min(input_tokens // ask.prompts, model.context_window * 3 // 4)
+        most = max(1, min(most, model.context_window - beside))
+    return Bound(input_tokens, answers, most, ask.echo)
+
+
+def least_output(bound: Bound) -> int:
+    """The output per answer below which the request is not worth forwarding."""
+    return min(bound.output_tokens_each, MIN_OUTPUT_TOKENS)
+
+
+def affordable_output(bound: Bound, model: Model, femto: int) -> int:
+    """The most output tokens per answer whose cost, with the input's, stays within femto; 0 if none does."""
+    rest = femto - worst_femto(bound, model, 0)
+    if rest < 0:
+        return 0
+    each = bound.answers * model.prices.output_femto
+    return bound.output_tokens_each if not each else min(bound.output_tokens_each, rest // each)
+
+
+def worst_femto(bound: Bound, model: Model, output_tokens_each: int) -> int:
+    """The dearest cost that the use can have, in femto-credits: all input at the dearest input price."""
+    tokens = bound.tokens(output_tokens_each)
+    return tokens.input * model.prices.dearest_input_femto() + tokens.output * model.prices.output_femto
+
+
+def estimated_input(ask: Ask, bound: Bound) -> int:
+    """Input tokens to charge where no upstream told them: the documented rule, within the bound."""
+    if ask.input_bytes is None:
+        return bound.input_tokens
+    return min(bound.input_tokens, -(-ask.input_bytes // BYTES_PER_TOKEN))
+
+
+def _refuse_unknown(operation: Operation, body: dict[str, Any], extra_fields: Collection[str]) -> None:
+    unknown = body.keys() - _FIELDS[operation]
+    for name in sorted(unknown):
+        if body[name] is not None and name not in extra_fields:
+            raise InvalidRequest(
+                f"{name[:64]!r} is not supported here: its effect on the cost is not known to the gateway", name[:64]
+            )
+
+
+def _read_chat(body: dict[str, Any], model: str, size_bytes: int) -> Ask:
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRequest("'messages' must be a non-empty array", "messages")
+    text_only = all(_is_text(message, index) for index, message in enumerate(messages))
+    _only(body, "modalities", (["text"],))
+    _only(body, "service_tier", ("auto", "default"))
+    for index, tool in enumerate(_list(body, "tools")):
+        if not isinstance(tool, dict) or tool.get("type") not in ("function", "custom"):
+            raise InvalidRequest("only tools of type 'function' or 'custom' are supported", f"tools[{index}].type")
+    limits = {
+        name: limit for name in ("max_completion_tokens", "max_tokens") if (limit := _whole(body, name, 1)) is not None
+    }
+    stream, wants_usage = _read_stream(body)
+    return Ask(
+        "chat",
+        model,
+        size_bytes if text_only else None,
+        completions=_whole(body, "n", 1, MAX_COMPLETIONS) or 1,
+        max_tokens=min(limits.values(), default=None),
+        limit_field=next(iter(limits), "max_tokens"),
+        stream=stream,
+        wants_usage=wants_usage,
+    )
+
+
+def _read_completion(body: dict[str, Any], model: str, size_bytes: int) -> Ask:
+    prompts = _count_prompts(body, "prompt")
+    stream, wants_usage = _read_stream(body)
+    return Ask(
+        "text_completion",
+        model,
+        size_bytes,
+        prompts=prompts,
+        completions=max(_whole(body, "n", 1, MAX_COMPLETIONS) or 1, _whole(body, "best_of", 1, MAX_COMPLETIONS) or 1),
+        # The API's own default of 16 is not every server's: the limit is always sent.
+        max_tokens=_whole(body, "max_tokens", 1) or 16,
+        echo=_bool(body, "echo"),
+        stream=stream,
+        wants_usage=wants_usage,
+    )
+
+
+def _is_text(message: object, index: int) -> bool:
+    if not isinstance(message, dict):
+        raise InvalidRequest("each message must be an object", f"messages[{index}]")
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return "audio" not in message
+    if not isinstance(content, list):
+        raise InvalidRequest("'content' must be a string or an array of parts", f"messages[{index}].content")
+    return all(isinstance(part, dict) and part.get("type") in ("text", "refusal") for part in content)
+
+
+def _count_prompts(body: dict[str, Any], field: str) -> int:
+    """How many inputs the field holds: a text, a list of texts, a list of token ids or a list of those."""
+    value = body.get(field)
+    if isinstance(value, str):
+        return 1
+    if not isinstance(value, list) or not value:
+        raise InvalidRequest(f"{field!r} must be a string or a non-empty array", field)
+    if all(type(item) is int for item in value):
+        return 1
+    if len(value) > MAX_PROMPTS:
+        raise InvalidRequest(f"{field!r} has {len(value)} items; at most {MAX_PROMPTS} are taken", field)
+    for index, item in enumerate(value):
+        if not isinstance(item, str) and not (isinstance(item, list) and all(type(token) is int for token in item)):
+            raise InvalidRequest("each item must be a string or an array of token ids", f"{field}[{index}]")
+    return len(value)
+
+
+def _read_stream(body: dict[str, Any]) -> tuple[bool, bool]:
+    stream = _bool(body, "stream")
+    options = body.get("stream_options")
+    if options is None:
+        return stream, False
+    if not isinstance(options, dict):
+        raise InvalidRequest("'stream_options' must be an object", "stream_options")
+    return stream, _bool(options, "include_usage", "stream_options.include_usage")
+
+
+def _whole(body: dict[str, Any], name: str, least: int, most: int = 10**9) -> int | None:
+    value = body.get(name)
+    if value is None:
+        return None
+    if type(value) is not int or not least <= value <= most:
+        raise InvalidRequest(f"{name!r} must be a whole number from {least} to {most}", name)
+    return value
+
+
+def _bool(body: dict[str, Any], name: str, param: str | None = None) -> bool:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise InvalidRequest(f"{param or name!r} must be true or false", param or name)
+    return bool(value)
+
+
+def _list(body: dict[str, Any], name: str) -> list[Any]:
+    value = body.get(name)
+    if value is not None and not isinstance(value, list):
+        raise InvalidRequest(f"{name!r} must be an array", name)
+    return value or []
+
+
+def _only(body: dict[str, Any], name: str, allowed: tuple[object, ...]) -> None:
+    value = body.get(name)
+    if value is not None and value not in allowed:
+        choices = " or ".join(repr(choice) for choice in allowed)
+        raise InvalidRequest(f"{name!r} can only be {choices} here: others have another price", name)

@@ -1,0 +1,1 @@
+"""The HTTP side: the only server in the gateway, and the only place that knows status codes."""

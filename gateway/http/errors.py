@@ -1,0 +1,285 @@
+"""The one map from an outcome to what a client sees of it: status, headers, body.
+
+The body satisfies OpenAI and Anthropic clients alike. Statuses and headers are chosen for what the SDKs do with
+them: they sleep on Retry-After (some without limit), repeat 429 and 5xx unless ``x-should-retry`` says no, and
+send 402 exactly once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import orjson
+from aiohttp import web
+
+from gateway.domain.decision import Denied, Funds, affordable_nano
+from gateway.domain.model import Model
+from gateway.domain.money import format_credits
+from gateway.domain.plan import Plan
+from gateway.domain.price import FEMTO_PER_NANO
+from gateway.domain.request import Bound, InvalidRequest, affordable_output
+
+_NO_RETRY = {"x-should-retry": "false"}
+_BUSY_RETRY_S = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An answer that is an error. resets_at: seconds since 1970. metadata: values fit for JSON."""
+
+    status: int
+    type: str
+    code: str
+    message: str
+    param: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, object] = field(default_factory=dict)
+    resets_at: int | None = None
+
+    def body(self, request_id: str) -> bytes:
+        """The JSON body."""
+        error: dict[str, object] = {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+            "metadata": dict(self.metadata),
+        }
+        if self.resets_at is not None:
+            error["resets_at"] = self.resets_at
+        return orjson.dumps({"type": "error", "error": error, "request_id": request_id})
+
+    def event(self, request_id: str) -> bytes:
+        """The same as the last event of a stream that has begun."""
+        return b"data: " + self.body(request_id) + b"\n\n"
+
+    def response(self, request_id: str, extra: Mapping[str, str] | None = None) -> web.Response:
+        """The HTTP answer."""
+        return web.Response(
+            status=self.status,
+            body=self.body(request_id),
+            content_type="application/json",
+            headers={"x-request-id": request_id, "request-id": request_id, **(extra or {}), **self.headers},
+        )
+
+
+def rfc3339(epoch_ms: int) -> str:
+    """UTC, to the second."""
+    return datetime.fromtimestamp(epoch_ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def bad_key() -> Failure:
+    """No key, or one that nobody has."""
+    return Failure(
+        401,
+        "invalid_request_error",
+        "invalid_api_key",
+        "Missing or invalid API key: send it as 'Authorization: Bearer <key>'.",
+        headers=_NO_RETRY,
+    )
+
+
+def unknown_path(method: str, path: str) -> Failure:
+    """A path that is not metered never reaches an upstream."""
+    return Failure(
+        404, "invalid_request_error", "unknown_url", f"Unknown request URL: {method} {path[:200]}.", headers=_NO_RETRY
+    )
+
+
+def wrong_method(method: str, allowed: str) -> Failure:
+    """A known path, another method."""
+    return Failure(
+        405,
+        "invalid_request_error",
+        "method_not_allowed",
+        f"Method {method[:20]} is not allowed here; use {allowed}.",
+        headers={"Allow": allowed, **_NO_RETRY},
+    )
+
+
+def unknown_model(name: str) -> Failure:
+    """A model without a price never reaches an upstream."""
+    return Failure(
+        404,
+        "invalid_request_error",
+        "model_not_found",
+        f"The model {name[:200]!r} does not exist here; GET /v1/models lists those that do.",
+        param="model",
+        headers=_NO_RETRY,
+    )
+
+
+def invalid_body(error: InvalidRequest) -> Failure:
+    """Not JSON, or a field that cannot be priced."""
+    return Failure(
+        400, "invalid_request_error", "invalid_body", f"Invalid request body: {error}.", error.param, headers=_NO_RETRY
+    )
+
+
+def body_too_large(most_bytes: int) -> Failure:
+    """The request's body is over the limit."""
+    return Failure(
+        413,
+        "invalid_request_error",
+        "request_too_large",
+        f"The request body is larger than {most_bytes} bytes.",
+        headers=_NO_RETRY,
+    )
+
+
+def store_unavailable() -> Failure:
+    """No decision about credits is possible; nothing was forwarded."""
+    return Failure(
+        503,
+        "api_error",
+        "quota_store_unavailable",
+        "Credits cannot be checked at the moment; nothing was charged. Please try again.",
+        headers={"Retry-After": "2"},
+    )
+
+
+def plan_not_configured(plan: str) -> Failure:
+    """The account's plan is missing from the configuration: the operator's mistake."""
+    return Failure(
+        503,
+        "api_error",
+        "plan_not_configured",
+        f"The plan {plan!r} of this account is not available.",
+        headers=_NO_RETRY,
+    )
+
+
+def upstream_unavailable() -> Failure:
+    """No connection to the upstream, or one that broke. Nothing is charged."""
+    return Failure(
+        502,
+        "api_error",
+        "upstream_unavailable",
+        "The model's server could not be reached or broke off; nothing was charged. Please try again.",
+        headers={"Retry-After": "1"},
+    )
+
+
+def upstream_timeout() -> Failure:
+    """The request was sent and no answer came in time. Nothing is charged."""
+    return Failure(
+        504,
+        "api_error",
+        "upstream_timeout",
+        "The model's server did not answer in time; nothing was charged.",
+        headers=_NO_RETRY,
+    )
+
+
+def upstream_auth() -> Failure:
+    """The upstream refuses the gateway's own key."""
+    return Failure(
+        502,
+        "api_error",
+        "upstream_auth",
+        "The model's server refuses the gateway's credentials; its operator must mend that. Nothing was charged.",
+        headers=_NO_RETRY,
+    )
+
+
+def upstream_error(status: int) -> Failure:
+    """The upstream answered with an error that is not a JSON error of the usual shape."""
+    return Failure(
+        status,
+        "api_error",
+        "upstream_error",
+        f"The model's server answered with status {status}; nothing was charged.",
+    )
+
+
+def internal_error() -> Failure:
+    """A mistake of the gateway's own."""
+    return Failure(500, "api_error", "internal_error", "The gateway made a mistake; nothing was charged.")
+
+
+def denied(denial: Denied, plan: Plan, bound: Bound, model: Model) -> Failure:
+    """Not enough credits: now, until the refresh, or at all."""
+    funds = denial.funds
+    metadata = _funds_metadata(denial, plan)
+    resets_at = None if funds.resets_at_ms is None else -(-funds.resets_at_ms // 1000)
+    wait_ms = 0 if funds.resets_at_ms is None else max(1, funds.resets_at_ms - funds.now_ms)
+    match denial.reason:
+        case "credits_in_flight":
+            return Failure(
+                429,
+                "rate_limit_error",
+                "credits_in_flight",
+                "All credits are held by requests in flight; try again when one has ended.",
+                headers=_retry_after(_BUSY_RETRY_S * 1000),
+                metadata=metadata,
+            )
+        case "refresh_soon":
+            return Failure(
+                429,
+                "rate_limit_error",
+                "rate_limit_exceeded",
+                f"The allowance of plan {plan.name!r} is spent; it refreshes in {-(-wait_ms // 1000)} s.",
+                headers=_retry_after(wait_ms),
+                metadata=metadata,
+                resets_at=resets_at,
+            )
+        case "allowance_spent":
+            assert funds.resets_at_ms is not None
+            return Failure(
+                429,
+                "usage_limit_reached",
+                "insufficient_quota",
+                f"The allowance of plan {plan.name!r} is spent until {rfc3339(funds.resets_at_ms)}. "
+                + ("Add IO Credits to go on now." if plan.payg else "Access pauses until then."),
+                headers={"Retry-After": str(-(-wait_ms // 1000)), **_NO_RETRY},
+                metadata=metadata,
+                resets_at=resets_at,
+            )
+        case "exceeds_balance":
+            affordable = affordable_output(bound, model, affordable_nano(funds, plan) * FEMTO_PER_NANO)
+            return Failure(
+                402,
+                "insufficient_quota",
+                "request_exceeds_balance",
+                "This request requires more credits, or fewer max_tokens. You requested up to "
+                f"{bound.output_tokens_each} tokens, but can only afford {affordable}.",
+                headers=_NO_RETRY,
+                metadata=metadata,
+            )
+        case "no_credits":
+            return Failure(
+                402,
+                "insufficient_quota",
+                "insufficient_quota",
+                "There are no credits left and no refresh will bring enough: add IO Credits or change the plan.",
+                headers=_NO_RETRY,
+                metadata=metadata,
+            )
+
+
+def _retry_after(wait_ms: int) -> dict[str, str]:
+    return {"Retry-After": str(-(-wait_ms // 1000)), "retry-after-ms": str(wait_ms)}
+
+
+def _funds_metadata(denial: Denied, plan: Plan) -> dict[str, object]:
+    funds = denial.funds
+    held = funds.held_nano + (funds.balance_held_nano if plan.payg else 0)
+    return {
+        "limit": "allowance" if denial.reason in ("refresh_soon", "allowance_spent") else "credits",
+        "plan": plan.name,
+        "required": format_credits(denial.required_nano),
+        "available": format_credits(affordable_nano(funds, plan)),
+        "held": format_credits(held),
+        "resets_at": None if funds.resets_at_ms is None else rfc3339(funds.resets_at_ms),
+    }
+
+
+def funds_headers(funds: Funds) -> dict[str, str]:
+    """What is left, for every metered answer."""
+    headers = {
+        "x-credits-allowance-remaining": format_credits(funds.allowance_remaining_nano),
+        "x-credits-balance": format_credits(funds.balance_nano),
+    }
+    if funds.resets_at_ms is not None:
+        headers["x-credits-allowance-resets-at"] = rfc3339(funds.resets_at_ms)
+    return headers

@@ -1,0 +1,99 @@
+"""Logs: one JSON object per line on stderr.
+
+orjson escapes every control character, so that nothing a client sends can start a line of its own.
+"""
+
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+
+from gateway.domain.money import format_credits
+
+_requests = logging.getLogger("gateway.requests")
+
+#: The longest text taken from a request; a longer one is cut, so that a client cannot fill the disk with a name.
+MAX_TEXT = 200
+
+
+class JsonFormatter(logging.Formatter):
+    """Writes a record as one line of JSON: time (UTC), level, logger, message, then the record's own fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its newline."""
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": _encodable(record.getMessage()),
+        }
+        line |= getattr(record, "fields", {})
+        if record.exc_info:
+            line["exception"] = _encodable(self.formatException(record.exc_info))
+        return orjson.dumps(line).decode()
+
+
+def setup_logging(level: str) -> None:
+    """Send every log record of the process at level (``info``, …) or above to stderr as JSON lines.
+
+    Replaces the handlers that were there. Raises ValueError for a level that logging does not know.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def log_request(
+    *,
+    request_id: str,
+    account: str | None,
+    key_id: str | None,
+    model: str | None,
+    status: int,
+    decision: str,
+    reason: str | None = None,
+    reserved_nano: int | None = None,
+    cost_nano: int | None = None,
+    seconds: float,
+    overhead_seconds: float | None = None,
+    first_token_seconds: float | None = None,
+) -> None:
+    """Log one request that was answered.
+
+    account, key_id, model: None before they are known; key_id is the key's name, never its secret. Amounts appear
+    as decimal strings of credits. seconds: the whole request; overhead_seconds: the gateway's own part of it.
+    """
+    fields: dict[str, object] = {
+        "request_id": _text(request_id),
+        "account": _text(account),
+        "key_id": _text(key_id),
+        "model": _text(model),
+        "status": status,
+        "decision": decision,
+        "reason": reason,
+        "reserved": _credits(reserved_nano),
+        "cost": _credits(cost_nano),
+        "seconds": _rounded(seconds),
+        "overhead_seconds": _rounded(overhead_seconds),
+        "first_token_seconds": _rounded(first_token_seconds),
+    }
+    _requests.info("request", extra={"fields": fields})
+
+
+def _text(text: str | None) -> str | None:
+    return None if text is None else _encodable(text[:MAX_TEXT])
+
+
+def _encodable(text: str) -> str:
+    # Header values that were not UTF-8 arrive with lone surrogates, which JSON cannot carry.
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _credits(nano: int | None) -> str | None:
+    return None if nano is None else format_credits(nano)
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)

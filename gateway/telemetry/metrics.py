@@ -1,0 +1,289 @@
+"""Every metric that the gateway exposes.
+
+Label values come from the configuration and from the code, never from a request: a plan or a model that is not
+configured counts under ``other``. Credits are exposed as floats of whole credits; the exact integers are in the
+ledger.
+"""
+
+from collections.abc import Callable, Collection
+from typing import Literal, TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
+from prometheus_client.exposition import choose_encoder
+
+from gateway import __version__
+from gateway.domain.money import NANO_PER_CREDIT
+
+OTHER = "other"
+
+#: The reason of a denial because the store did not answer. An alert watches it.
+STORE_UNAVAILABLE = "quota_store_unavailable"
+
+Decision = Literal["admitted", "denied"]
+PaidFrom = Literal["allowance", "payg"]
+Cause = Literal["settled", "voided", "expired"]
+Phase = Literal["authenticate", "quote", "reserve", "forward", "settle"]
+Operation = Literal["chat", "text_completion", "embeddings"]
+
+# A phase takes well under a millisecond; the wide upper buckets show when it stops doing so.
+_FAST_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
+
+# The boundaries that the OpenTelemetry semantic conventions for generative AI ask for: panels made for model
+# servers then work on these series too.
+_TOKEN_BUCKETS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576, 4194304, 16777216, 67108864)
+_DURATION_BUCKETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+_FIRST_TOKEN_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+_PER_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+_GEN_AI_LABELS = ("gen_ai_request_model", "gen_ai_operation_name", "gen_ai_provider_name")
+
+# Chosen once from our own words: given a client's header, choose_encoder parses and repeats what the client wrote.
+_OPENMETRICS = "application/openmetrics-text"
+_encode_openmetrics, _OPENMETRICS_TYPE = choose_encoder(_OPENMETRICS)
+_encode_plain, _PLAIN_TYPE = choose_encoder("text/plain")
+
+_Family = TypeVar("_Family", Counter, Gauge, Histogram)
+
+
+class _Children(dict[tuple[str, ...], _Family]):
+    """The series of one family by label values, made when first asked for.
+
+    ``family.labels()`` checks its arguments and takes a lock on every call; a dict look-up is what a request
+    should pay.
+    """
+
+    def __init__(self, family: _Family) -> None:
+        super().__init__()
+        self._family: _Family = family
+
+    def __missing__(self, values: tuple[str, ...]) -> _Family:
+        child = self[values] = self._family.labels(*values)
+        return child
+
+
+class Metrics:
+    """The gateway's own counters in a registry of their own.
+
+    plans, models: the configured names; every other name is counted as ``other``. Names of upstreams, scripts,
+    reasons and causes come from the configuration or the code and are taken as they are. No method raises for
+    amounts and durations ≥ 0.
+    """
+
+    def __init__(self, plans: Collection[str], models: Collection[str]) -> None:
+        self._plans = frozenset(plans)
+        self._models = frozenset(models)
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        Info("quota_gateway_build", "The running version of the gateway; always 1.", registry=self._registry).info(
+            {"version": __version__}
+        )
+        self._make_credit_metrics()
+        self._make_gateway_metrics()
+        self._make_model_metrics()
+
+    def _make_credit_metrics(self) -> None:
+        registry = self._registry
+        self._decisions = _Children(
+            Counter(
+                "quota_gateway_decisions",
+                "Requests that were admitted or denied, by reason. Unit: requests.",
+                ("decision", "reason", "plan"),
+                registry=registry,
+            )
+        )
+        # An increase from "no such series" to 1 is invisible to increase(): the alert needs the 0 before it.
+        self._decisions["denied", STORE_UNAVAILABLE, OTHER].inc(0)
+        self._reserved = Counter(
+            "quota_gateway_reserved_credits",
+            "Credits held before requests were forwarded. Unit: credits.",
+            registry=registry,
+        )
+        self._settled = _Children(
+            Counter(
+                "quota_gateway_settled_credits",
+                "Credits charged, by where they came from: allowance or payg. Unit: credits.",
+                ("plan", "model", "source"),
+                registry=registry,
+            )
+        )
+        self._released = _Children(
+            Counter(
+                "quota_gateway_released_credits",
+                "Credits held and given back, by how the reservation ended: settled, voided or expired. Unit: credits.",
+                ("cause",),
+                registry=registry,
+            )
+        )
+        self._written_off = Counter(
+            "quota_gateway_written_off_credits",
+            "Credits of cost that neither the allowance nor the balance could pay. Unit: credits.",
+            registry=registry,
+        )
+        self._reservations_open = Gauge(
+            "quota_gateway_reservations_open",
+            "Reservations that this gateway made and has not ended yet. Unit: reservations.",
+            registry=registry,
+        )
+
+    def _make_gateway_metrics(self) -> None:
+        registry = self._registry
+        self._overhead = _Children(
+            Histogram(
+                "quota_gateway_overhead_seconds",
+                "Time that the gateway itself adds to a request, by phase; waiting for the upstream is not in it. "
+                "Unit: seconds.",
+                ("phase",),
+                buckets=_FAST_BUCKETS,
+                registry=registry,
+            )
+        )
+        self._store = _Children(
+            Histogram(
+                "quota_gateway_store_seconds",
+                "Time from asking for a script to its reply, by script. Unit: seconds.",
+                ("script",),
+                buckets=_FAST_BUCKETS,
+                registry=registry,
+            )
+        )
+        self._upstream_inflight = _Children(
+            Gauge(
+                "quota_gateway_upstream_inflight",
+                "Requests that an upstream is answering now. Unit: requests.",
+                ("upstream",),
+                registry=registry,
+            )
+        )
+        self._config_reloaded = Gauge(
+            "quota_gateway_config_last_reload_successful",
+            "1 when the configuration was last read without mistakes, 0 when the one before it stayed in force.",
+            registry=registry,
+        )
+        # Metrics exist only after a configuration was read: a gateway that never reloads is not a failed one.
+        self._config_reloaded.set(1)
+
+    def _make_model_metrics(self) -> None:
+        registry = self._registry
+        self._tokens = _Children(
+            Histogram(
+                "gen_ai_client_token_usage",
+                "Tokens billed per request, by type: input or output. Unit: tokens.",
+                (*_GEN_AI_LABELS, "gen_ai_token_type"),
+                buckets=_TOKEN_BUCKETS,
+                registry=registry,
+            )
+        )
+        self._request_duration = _Children(
+            Histogram(
+                "gen_ai_server_request_duration_seconds",
+                "Time to the last byte of the answer. Unit: seconds.",
+                _GEN_AI_LABELS,
+                buckets=_DURATION_BUCKETS,
+                registry=registry,
+            )
+        )
+        self._first_token = _Children(
+            Histogram(
+                "gen_ai_server_time_to_first_token_seconds",
+                "Time to the first token of a streamed answer. Unit: seconds.",
+                _GEN_AI_LABELS,
+                buckets=_FIRST_TOKEN_BUCKETS,
+                registry=registry,
+            )
+        )
+        self._per_token = _Children(
+            Histogram(
+                "gen_ai_server_time_per_output_token_seconds",
+                "Time per output token after the first of a streamed answer. Unit: seconds per token.",
+                _GEN_AI_LABELS,
+                buckets=_PER_TOKEN_BUCKETS,
+                registry=registry,
+            )
+        )
+
+    def decided(self, decision: Decision, reason: str, plan: str) -> None:
+        """Count a request that was admitted or denied.
+
+        reason: the error's code (``insufficient_quota``, ``quota_store_unavailable``, …) or, of an admitted
+        request, where its credits come from. plan: ``other`` where it is not known yet.
+        """
+        self._decisions[decision, reason, self._plan(plan)].inc()
+
+    def reserved(self, nano: int) -> None:
+        """Count credits that a reservation holds, in nano-credits ≥ 0."""
+        self._reserved.inc(nano / NANO_PER_CREDIT)
+
+    def settled(self, plan: str, model: str, source: PaidFrom, nano: int) -> None:
+        """Count credits charged from one source, in nano-credits ≥ 0. Once per source that paid something."""
+        self._settled[self._plan(plan), self._model(model), source].inc(nano / NANO_PER_CREDIT)
+
+    def released(self, cause: Cause, nano: int) -> None:
+        """Count credits that were held and not charged, in nano-credits ≥ 0, by how the reservation ended."""
+        self._released[(cause,)].inc(nano / NANO_PER_CREDIT)
+
+    def written_off(self, nano: int) -> None:
+        """Count cost that no source could pay, in nano-credits ≥ 0."""
+        self._written_off.inc(nano / NANO_PER_CREDIT)
+
+    def overhead(self, phase: Phase, seconds: float) -> None:
+        """Record the gateway's own time in one phase of a request; forward: without the wait for the upstream."""
+        self._overhead[(phase,)].observe(seconds)
+
+    def store_call(self, script: str, seconds: float) -> None:
+        """Record the time from asking for a script to its reply."""
+        self._store[(script,)].observe(seconds)
+
+    def upstream_started(self, upstream: str) -> None:
+        """Count a request in that goes to upstream; upstream_ended counts it out."""
+        self._upstream_inflight[(upstream,)].inc()
+
+    def upstream_ended(self, upstream: str) -> None:
+        """Count a request out that upstream_started counted in."""
+        self._upstream_inflight[(upstream,)].dec()
+
+    def watch_reservations_open(self, count: Callable[[], float]) -> None:
+        """Take the number of open reservations from count at every scrape. count must be quick and not raise."""
+        self._reservations_open.set_function(count)
+
+    def config_reloaded(self, ok: bool) -> None:
+        """Say whether the configuration was last read without mistakes."""
+        self._config_reloaded.set(1 if ok else 0)
+
+    def request_finished(
+        self,
+        operation: Operation,
+        model: str,
+        upstream: str,
+        seconds: float,
+        input_tokens: int,
+        output_tokens: int,
+        first_token_seconds: float | None,
+    ) -> None:
+        """Record a request that an upstream answered.
+
+        seconds: from the request's arrival to the last byte of its answer. tokens: those billed, ≥ 0; a kind of
+        which there were none is not recorded. first_token_seconds: from the request's arrival; None for an answer
+        that was not streamed.
+        """
+        labels = (self._model(model), operation, upstream)
+        self._request_duration[labels].observe(seconds)
+        if input_tokens:
+            self._tokens[*labels, "input"].observe(input_tokens)
+        if output_tokens:
+            self._tokens[*labels, "output"].observe(output_tokens)
+        if first_token_seconds is None:
+            return
+        self._first_token[labels].observe(first_token_seconds)
+        if output_tokens > 1:
+            self._per_token[labels].observe((seconds - first_token_seconds) / (output_tokens - 1))
+
+    def expose(self, accept: str | None) -> tuple[bytes, str]:
+        """The text of every metric and its content type: OpenMetrics where accept names it, else plain text."""
+        if accept and _OPENMETRICS in accept:
+            return _encode_openmetrics(self._registry), _OPENMETRICS_TYPE
+        return _encode_plain(self._registry), _PLAIN_TYPE
+
+    def _plan(self, name: str) -> str:
+        return name if name in self._plans else OTHER
+
+    def _model(self, name: str) -> str:
+        return name if name in self._models else OTHER

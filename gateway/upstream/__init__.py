@@ -1,0 +1,1 @@
+"""Bytes to and from the servers that run the models."""

@@ -1,0 +1,136 @@
+"""Requests to upstreams, with the gateway's own key in place of the customer's.
+
+UpstreamError
+├── UpstreamUnavailable   no connection, or it broke
+└── UpstreamTimeout       the request was sent and no answer came in time
+"""
+
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+
+import aiohttp
+from multidict import CIMultiDict
+
+from gateway import __version__
+from gateway.config.model import Upstream
+
+#: What a customer's client may say to an upstream. Everything else stays here, above all every form of a key.
+_FORWARDED = frozenset({"accept", "user-agent", "openai-beta", "traceparent", "tracestate"})
+_FORWARDED_PREFIX = "anthropic-"
+
+# Shorter than the 5 s after which uvicorn closes an idle connection: a request must not meet a closing one.
+_KEEP_ALIVE_S = 4.0
+
+
+class UpstreamError(Exception):
+    """Base of what keeps an upstream from answering."""
+
+
+class UpstreamUnavailable(UpstreamError):
+    """No connection, or it broke before the answer was whole."""
+
+
+class UpstreamTimeout(UpstreamError):
+    """The request was sent and the answer did not come, or did not go on, in time."""
+
+
+class UpstreamAnswer:
+    """An answer whose headers have come."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+        self.status = response.status
+        self.content_type = response.content_type
+        self.headers = response.headers
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it arrives. Raises UpstreamError."""
+        content = self._response.content
+        while True:
+            with _mapped_errors():
+                chunk = await content.readany()
+            if not chunk:
+                return
+            yield chunk
+
+    async def body(self, most_bytes: int) -> bytes:
+        """The whole body. Raises UpstreamError, also for one that is larger than most_bytes."""
+        parts, size = [], 0
+        async for chunk in self.chunks():
+            size += len(chunk)
+            if size > most_bytes:
+                raise UpstreamUnavailable(f"the answer has more than {most_bytes} bytes")
+            parts.append(chunk)
+        return b"".join(parts)
+
+
+class UpstreamClient:
+    """One connection pool for all upstreams."""
+
+    def __init__(self) -> None:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
+            skip_auto_headers=("User-Agent",),
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._session.close()
+
+    @asynccontextmanager
+    async def send(
+        self, upstream: Upstream, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
+    ) -> AsyncIterator[UpstreamAnswer]:
+        """Send a request (path: below the base URL); the answer, until the block is left.
+
+        Leaving it before the body's end closes the connection, which tells the upstream to stop.
+        Raises UpstreamUnavailable and UpstreamTimeout.
+        """
+        timeout = aiohttp.ClientTimeout(
+            total=upstream.total_timeout_ms / 1000,
+            sock_connect=upstream.connect_timeout_ms / 1000,
+            sock_read=upstream.idle_timeout_ms / 1000,
+        )
+        with _mapped_errors():
+            response = await self._session.request(
+                method,
+                upstream.base_url + path,
+                data=body,
+                headers=_headers_for(upstream, headers, has_body=body is not None),
+                timeout=timeout,
+                allow_redirects=False,
+            )
+        try:
+            yield UpstreamAnswer(response)
+        finally:
+            # Keeps the connection only if the body was read to its end.
+            response.release() if response.content.is_eof() else response.close()
+
+
+def _headers_for(upstream: Upstream, headers: Mapping[str, str], *, has_body: bool) -> CIMultiDict[str]:
+    chosen = CIMultiDict(
+        (name, value)
+        for name, value in headers.items()
+        if name.lower() in _FORWARDED or name.lower().startswith(_FORWARDED_PREFIX)
+    )
+    chosen.setdefault("User-Agent", f"quota-gateway/{__version__}")
+    chosen["Accept-Encoding"] = "identity"  # the usage is read from the bytes as they come
+    if has_body:
+        chosen["Content-Type"] = "application/json"
+    if upstream.api_key:
+        chosen["Authorization"] = f"Bearer {upstream.api_key.reveal()}"
+    return chosen
+
+
+@contextmanager
+def _mapped_errors() -> Iterator[None]:
+    """aiohttp's errors in this module's words."""
+    try:
+        yield
+    except aiohttp.ConnectionTimeoutError as error:
+        raise UpstreamUnavailable("connecting took too long") from error
+    except TimeoutError as error:
+        raise UpstreamTimeout("no answer in time") from error
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        raise UpstreamUnavailable(str(error) or type(error).__name__) from error
