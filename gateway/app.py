@@ -65,13 +65,13 @@ async def serve(config: GatewayConfig) -> None:
         admin = web.AppRunner(
             admin_app(Health({"store": _store_check(store)}), metrics, config.admin.token), shutdown_timeout=1
         )
-        await _listen(stack, admin, config.admin.listen)
+        admin_address = await _listen(stack, admin, config.admin.listen)
         data = web.ServerRunner(
             web.Server(proxy.handle, handler_cancellation=True, access_log=None), shutdown_timeout=DRAIN_S
         )
         address = await _listen(stack, data, config.listen)
         metrics.config_reloaded(True)
-        print(_welcome(config, address, secret), flush=True)
+        print(_welcome(config, address, admin_address, secret), flush=True)
         await stop.wait()
         log.info("stopping: requests in flight have %d s", DRAIN_S)
 
@@ -202,9 +202,13 @@ async def _first_key(config: GatewayConfig, operator: Operator) -> str | None:
     return secret
 
 
-def _welcome(config: GatewayConfig, address: Address, secret: str | None) -> str:
-    host = "127.0.0.1" if address.host in ("0.0.0.0", "::") else address.host  # noqa: S104 - for display only
-    base = f"http://{Address(host, address.port)}/v1"
+def _reachable(address: Address) -> Address:
+    """An address that a client on this machine can use."""
+    return Address("127.0.0.1", address.port) if address.host in ("0.0.0.0", "::") else address  # noqa: S104
+
+
+def _welcome(config: GatewayConfig, address: Address, admin: Address, secret: str | None) -> str:
+    base = f"http://{_reachable(address)}/v1"
     lines = []
     if config.demo:
         lines += [
@@ -212,7 +216,7 @@ def _welcome(config: GatewayConfig, address: Address, secret: str | None) -> str
             "upstreams in the configuration) to serve real models.",
             "",
         ]
-    lines.append(f"base URL  {base}")
+    lines += [f"metrics   http://{_reachable(admin)}/metrics", f"base URL  {base}"]
     if secret is None:
         lines.append("key       make one with: quota-gateway keys create ACCOUNT")
         return "\n".join(lines)

@@ -64,7 +64,8 @@ class MovableClock:
         """Stand still at moment_ms, milliseconds since 1970."""
         self._frozen_ms = moment_ms
         whole = datetime.fromtimestamp(moment_ms // 1000, UTC)
-        self._write(f"{whole:%Y-%m-%d %H:%M:%S}.{moment_ms % 1000:03d}")
+        # Half a microsecond more: the fraction is read as a double and cut off.
+        self._write(f"{whole:%Y-%m-%d %H:%M:%S}.{moment_ms % 1000:03d}0005")
 
     def move(self, by_ms: int) -> None:
         """Jump by by_ms, back if negative; a clock that stands still goes on standing."""

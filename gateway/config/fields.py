@@ -311,10 +311,30 @@ def _number_schema(pattern: str, kind: str, **bounds: float) -> WithJsonSchema:
 _DURATION_SCHEMA = WithJsonSchema(_text_schema(r"^[0-9]{1,9}(ms|s|m|h)$"))
 _PRICE_SCHEMA = _number_schema(rf"^{_PRICE.pattern}$", "number", minimum=0)
 _TOKENS_SCHEMA = _number_schema("^[0-9]{1,8}$", "integer", minimum=1, maximum=MOST_TOKENS)
+_FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+
+
+def field_names(value: object) -> frozenset[str]:
+    """Names of request fields, from a list."""
+    if isinstance(value, frozenset):  # the default of the raw model
+        return value
+    if not isinstance(value, list):
+        raise ValueError("must be a list of request fields, such as [n_probs, id_slot]")
+    names = [scalar(item).text for item in value]
+    if wrong := next((name for name in names if not _FIELD_NAME.fullmatch(name)), None):
+        raise ValueError(f"has {wrong[:64]!r}, which is not the name of a request field")
+    return frozenset(names)
+
+
 _SECRET_SCHEMA = WithJsonSchema({"type": ["string", "number", "null"]})
 
 Boolean = Annotated[
     bool, PlainValidator(boolean), WithJsonSchema({"anyOf": [{"type": "boolean"}, _text_schema("^(true|false)$")]})
+]
+FieldNames = Annotated[
+    frozenset[str],
+    PlainValidator(field_names),
+    WithJsonSchema({"type": "array", "items": {"type": "string", "pattern": f"^{_FIELD_NAME.pattern}$"}}),
 ]
 TimeoutMs = Annotated[int, PlainValidator(lambda value: duration_ms(value, "1ms", "24h")), _DURATION_SCHEMA]
 StoreTimeoutMs = Annotated[int, PlainValidator(lambda value: duration_ms(value, "1ms", "60s")), _DURATION_SCHEMA]

@@ -90,6 +90,7 @@ class Upstream:
 
     base_url: http or https, without a trailing slash. api_key: None for a server that needs none; an empty Secret
     only in demo mode. stream_usage: whether ``stream_options.include_usage`` may be added to a streamed request.
+    allow_fields: request fields to let through that the gateway does not know to cost nothing.
     idle_timeout_ms: the longest silence; total_timeout_ms: the longest answer.
     """
 
@@ -100,6 +101,7 @@ class Upstream:
     idle_timeout_ms: int = 300_000
     total_timeout_ms: int = 900_000
     stream_usage: bool = True
+    allow_fields: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from gateway.config.fields import (
     Boolean,
     CreditsNano,
     Directory,
+    FieldNames,
     Listen,
     ModelName,
     PriceFemto,
@@ -88,6 +89,11 @@ class RawUpstream(_Mapping):
         default="true",
         validate_default=True,
         description="Whether stream_options.include_usage may be added to requests",
+    )
+    allow_fields: FieldNames = Field(
+        default=frozenset(),
+        description="Request fields to let through beyond those known to cost nothing; what they do to the bill is "
+        "then the operator's to know",
     )
 
 

@@ -53,6 +53,8 @@ _PREFIXES = ("/v1", "/api/v1")
 
 #: A reservation outlives the longest answer by this much, so that no live request loses its hold.
 LEASE_MARGIN_MS = 60_000
+_MOST_ERROR_BYTES = 2**20
+_CLIENT_STALL_S = 60.0
 
 
 @dataclass(slots=True)
@@ -174,17 +176,22 @@ class Proxy:
             body = orjson.loads(raw)
             # What is priced is what is forwarded: this document, written anew, so that duplicate keys and odd
             # encodings mean the same on both sides. The bytes it came in bound the tokens of its text.
-            ask = read_request(operation, body, len(raw))
+            model = self._model_of(body)
+            allowed = self._config.upstreams[model.upstream].allow_fields if model else ()
+            ask = read_request(operation, body, len(raw), allowed)
         except orjson.JSONDecodeError as error:
             return errors.invalid_body(InvalidRequest(f"it is not JSON: {error}"))
         except InvalidRequest as error:
             return errors.invalid_body(error)
         exchange.ask = ask
-        model = self._config.models.get(ask.model)
         self._spent(exchange, "quote", started)
         if model is None:
             return errors.unknown_model(ask.model)
         return Quote(ask, model, bound_of(ask, model), body)
+
+    def _model_of(self, body: object) -> Model | None:
+        name = body.get("model") if isinstance(body, dict) else None
+        return self._config.models.get(name) if isinstance(name, str) else None
 
     # --- reserve ------------------------------------------------------------------------------------------------
 
@@ -294,7 +301,7 @@ class Proxy:
                 await self._settle(exchange, model, _streamed_tokens(events, ask, bound))
             if not response.prepared:
                 await response.prepare(request)
-            await response.write(events.closing(_cost_fields(exchange.settlement)))
+            await _write(response, events.closing(_cost_fields(exchange.settlement)))
             await response.write_eof()
         except (asyncio.CancelledError, ConnectionResetError):
             # The client hung up: leaving the block stops the upstream; what was sent is paid for.
@@ -319,7 +326,7 @@ class Proxy:
                     if not response.prepared:
                         exchange.first_byte = time.perf_counter()
                         await response.prepare(request)
-                    await response.write(block)
+                    await _write(response, block)
                 if events.done:
                     return None
         except (UpstreamError, BrokenStream) as error:
@@ -337,7 +344,7 @@ class Proxy:
             return self._fail(exchange, failure)
         # The SDKs take a clean end without [DONE] for success: the stream must end in an error that they see.
         exchange.reason = failure.code
-        await response.write(failure.event(exchange.id))
+        await _write(response, failure.event(exchange.id))
         await response.write_eof()
         return response
 
@@ -432,7 +439,6 @@ class Proxy:
         )
 
 
-_MOST_ERROR_BYTES = 2**20
 
 
 def _secret_of(headers: Mapping[str, str]) -> str | None:
@@ -444,9 +450,20 @@ def _secret_of(headers: Mapping[str, str]) -> str | None:
     return headers.get("x-api-key") or headers.get("token") or None
 
 
+async def _write(response: web.StreamResponse, block: bytes) -> None:
+    """Write, but do not wait for ever for a client that does not read: it counts as gone."""
+    try:
+        async with asyncio.timeout(_CLIENT_STALL_S):
+            await response.write(block)
+    except TimeoutError:
+        raise ConnectionResetError("the client does not read") from None
+
+
 async def _read_body(request: web.BaseRequest, most_bytes: int) -> bytes | Failure:
     if (request.content_length or 0) > most_bytes:
         return errors.body_too_large(most_bytes)
+    if request.headers.get("Expect", "").lower() == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     parts, size = [], 0
     try:
         async for chunk in request.content.iter_any():

@@ -1,0 +1,364 @@
+"""The command line: arguments, errors and exit codes; the verbs that concern the gateway itself.
+
+The operator's verbs are in ``gateway/verbs.py``. Imports stand inside the functions that need them, because
+``--help``, ``schema`` and a health probe every few seconds need neither HTTP nor store.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Never, TypeVar
+
+from gateway import __version__
+from gateway.config.problem import ConfigError
+from gateway.credits.api_keys import check_key_name, check_secret
+from gateway.credits.embedded import EmbeddedStoreError
+from gateway.credits.errors import EngineError, StoreError, UnknownPlan
+from gateway.domain.money import parse_credits
+from gateway.domain.names import check_account_name, check_operation_id, check_reason
+
+if TYPE_CHECKING:
+    from gateway.config.model import Address, GatewayConfig
+    from gateway.output import Answer
+
+PROBE_TIMEOUT_S = 3.0
+#: The longest secret is 256 characters; no more of a wrong file is read than shows that it is wrong.
+_SECRET_FILE_BYTES = 1024
+
+T = TypeVar("T")
+
+
+class CommandError(Exception):
+    """What the command line itself has to say about a mistake."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; the exit code. argparse itself exits with 2 for a usage error."""
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has seen enough. The interpreter flushes once more at exit: into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        count = len(error.problems)
+        return _fail(f"the configuration has {count} mistake{'s' if count > 1 else ''}")
+    except (CommandError, EngineError, StoreError, EmbeddedStoreError) as error:
+        return _fail(str(error))
+    return code
+
+
+def _fail(message: str) -> int:
+    print(f"quota-gateway: {message}", file=sys.stderr)
+    return 1
+
+
+# --- arguments --------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong first, in the form of every other error, and how it is used after that."""
+
+    def error(self, message: str) -> Never:
+        """Exit with 2."""
+        self.exit(2, f"quota-gateway: {message}\n{self.format_usage()}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="quota-gateway", description="Meters model APIs against plans and prepaid credits.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    verbs = _group(parser)
+    _add_gateway_verbs(verbs)
+
+    _add_accounts(_group(verbs.add_parser("accounts", help="who pays: create, show, list, set-plan")))
+    _add_keys(_group(verbs.add_parser("keys", help="what clients send: create, list, revoke")))
+    _add_credits(_group(verbs.add_parser("credits", help="what is paid with: grant, refund, show")))
+    _add_reservations(_group(verbs.add_parser("reservations", help="what requests in flight hold: list, void")))
+    return parser
+
+
+def _add_accounts(group: Any) -> None:
+    create = _operator_verb(group, "accounts create", "open an account", account=True)
+    create.add_argument("--plan", help="default: the configuration's default plan")
+    _operator_verb(group, "accounts show", "its plan, credits and number of keys", account=True)
+    _operator_verb(group, "accounts list", "every account")
+    set_plan = _operator_verb(group, "accounts set-plan", "move it to another plan at once", account=True)
+    set_plan.add_argument("plan", metavar="PLAN")
+    _add_operation_id(set_plan)
+    set_plan.add_argument(
+        "--version", type=_version, default=0, metavar="N", help="apply only if newer than the last (default: next)"
+    )
+
+
+def _add_keys(group: Any) -> None:
+    create = _operator_verb(group, "keys create", "make a key and print its secret once", account=True)
+    create.add_argument("--name", type=_checked(check_key_name), default="", help="for people to tell keys apart")
+    create.add_argument("--secret-file", metavar="FILE", help="import the secret in this file, - for standard input")
+    _operator_verb(group, "keys list", "an account's keys, without secrets", account=True)
+    _add_id(_operator_verb(group, "keys revoke", "end a key at once"))
+
+
+def _add_credits(group: Any) -> None:
+    for kind, purpose in (("grant", "add prepaid credits"), ("refund", "give back what the balance was charged")):
+        verb = _operator_verb(group, f"credits {kind}", purpose, account=True)
+        verb.set_defaults(kind=kind)
+        verb.add_argument("amount", metavar="AMOUNT", type=_checked(parse_credits), help="credits, such as 12.50")
+        _add_operation_id(verb)
+        verb.add_argument("--reason", type=_checked(check_reason), default="", metavar="TEXT", help="for the ledger")
+    _operator_verb(group, "credits show", "an account's allowance and balance", account=True)
+
+
+def _add_reservations(group: Any) -> None:
+    listing = _operator_verb(group, "reservations list", "open reservations, of one account or all")
+    listing.add_argument("account", metavar="ACCOUNT", nargs="?", type=_checked(check_account_name))
+    _add_id(_operator_verb(group, "reservations void", "give a reservation's hold back"))
+
+
+def _add_gateway_verbs(verbs: Any) -> None:
+    serve = _verb(verbs, "serve", _serve, "run the gateway")
+    serve.add_argument("--listen", type=_address, metavar="HOST:PORT", help="where clients connect")
+    _add_admin_listen(serve)
+    _add_data_dir(serve)
+    serve.add_argument("--workers", type=_workers, metavar="N", help="processes; so far 1")
+    _verb(verbs, "check-config", _check_config, "name every mistake in the configuration")
+    _verb(verbs, "schema", _schema, "print the configuration's JSON Schema")
+    doctor = _verb(verbs, "doctor", _doctor, "look at store, upstreams, clocks and settings")
+    _add_data_dir(doctor)
+    _add_json(doctor)
+    _add_admin_listen(_verb(verbs, "healthcheck", _healthcheck, "exit 0 when the running gateway is ready"))
+
+
+def _group(parser: argparse.ArgumentParser) -> Any:
+    return parser.add_subparsers(required=True, metavar="VERB")
+
+
+def _verb(group: Any, name: str, run: Callable[[argparse.Namespace], int], purpose: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = group.add_parser(name, help=purpose, description=purpose, allow_abbrev=False)
+    parser.set_defaults(run=run)
+    parser.add_argument("--config", type=Path, metavar="PATH", help="gateway.yaml (default: the one that ships)")
+    return parser
+
+
+def _operator_verb(group: Any, verb: str, purpose: str, *, account: bool = False) -> argparse.ArgumentParser:
+    parser = _verb(group, verb.split()[1], _operate, purpose)
+    parser.set_defaults(verb=verb)
+    if account:
+        parser.add_argument("account", metavar="ACCOUNT", type=_checked(check_account_name))
+    _add_data_dir(parser)
+    _add_json(parser)
+    return parser
+
+
+def _add_data_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="the embedded store's directory")
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_admin_listen(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--admin-listen", type=_address, metavar="HOST:PORT", help="where metrics and health are")
+
+
+def _add_id(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("id", metavar="ID", type=_checked(_ascii))
+
+
+def _add_operation_id(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--operation-id",
+        type=_checked(check_operation_id),
+        metavar="ID",
+        help="the same id again does nothing again (default: a new one)",
+    )
+
+
+def _checked(check: Callable[[str], T]) -> Callable[[str], T]:
+    """The check as an argument's type; argparse hides a ValueError's text but shows this error's."""
+
+    def convert(text: str) -> T:
+        try:
+            return check(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def _ascii(text: str) -> str:
+    if not text.isascii():
+        raise ValueError(f"{text[:40]!r} is not an id")
+    return text
+
+
+def _address(text: str) -> "Address":
+    from gateway.config.fields import address  # noqa: PLC0415
+
+    return _checked(address)(text)
+
+
+def _version(text: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]{0,14}", text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a version: a whole number from 1 to 10^15")
+    return int(text)
+
+
+def _workers(text: str) -> int:
+    if text != "1":
+        raise argparse.ArgumentTypeError("the gateway runs as 1 process so far; several workers will come later")
+    return 1
+
+
+# --- verbs of the gateway ---------------------------------------------------------------------------------------
+
+
+def _config(args: argparse.Namespace) -> "GatewayConfig":
+    """The configuration with what the command line says instead."""
+    from gateway.config.load import load  # noqa: PLC0415
+
+    config = load(args.config)
+    if getattr(args, "data_dir", None):
+        config = replace(config, store=replace(config.store, data_dir=args.data_dir))
+    if getattr(args, "listen", None):
+        config = replace(config, listen=args.listen)
+    if getattr(args, "admin_listen", None):
+        config = replace(config, admin=replace(config.admin, listen=args.admin_listen))
+    return config
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from gateway import app  # noqa: PLC0415
+    from gateway.telemetry.logs import setup_logging  # noqa: PLC0415
+
+    try:
+        import uvloop  # noqa: PLC0415
+    except ImportError:  # there is none for this system
+        new_loop = None
+    else:
+        new_loop = uvloop.new_event_loop
+    config = _config(args)
+    setup_logging("info")
+    try:
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            runner.run(app.serve(config))
+    except OSError as error:
+        raise CommandError(_listen_failure(error, config)) from error
+    return 0
+
+
+def _listen_failure(error: OSError, config: "GatewayConfig") -> str:
+    reason = error.strerror or str(error)
+    for setting, option, address in (
+        ("listen", "--listen", config.listen),
+        ("admin.listen", "--admin-listen", config.admin.listen),
+    ):
+        if f", {address.port})" in reason or f", {address.port}," in reason:  # asyncio names the socket's address
+            cause = reason.rpartition(": ")[2]
+            return f"cannot listen on {address}: {cause}; choose another address with {option} or as {setting}"
+    return reason
+
+
+def _check_config(args: argparse.Namespace) -> int:
+    config = _config(args)
+    upstreams = ", ".join(config.upstreams)
+    answering = f"the demo model answers, because no upstream has a key ({upstreams})" if config.demo else upstreams
+    plans = ", ".join(f"{name} (default)" if name == config.default_plan else name for name in config.plans)
+    print(f"ok: plans {plans}; {len(config.models)} models; upstreams: {answering}")
+    return 0
+
+
+def _schema(_: argparse.Namespace) -> int:
+    from gateway.config.schema import json_schema  # noqa: PLC0415
+
+    print(json.dumps(json_schema(), indent=2))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from gateway import app  # noqa: PLC0415
+    from gateway.output import Answer, table  # noqa: PLC0415
+
+    findings = asyncio.run(app.diagnose(_config(args)))
+    data = [{"component": one.component, "ok": one.ok, "detail": one.detail} for one in findings]
+    rows = [("ok" if one.ok else "FAIL", one.component, one.detail) for one in findings]
+    text = table(("state", "component", "detail"), rows)
+    return _print(Answer({"data": data}, text, all(one.ok for one in findings)), args)
+
+
+def _healthcheck(args: argparse.Namespace) -> int:
+    from http.client import HTTPException  # noqa: PLC0415
+    from urllib.error import URLError  # noqa: PLC0415
+    from urllib.request import ProxyHandler, build_opener  # noqa: PLC0415
+
+    address = _config(args).admin.listen
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)  # noqa: S104
+    url = f"http://{replace(address, host=reachable)}/readyz"
+    # Without the proxies of the environment: this asks our own machine.
+    opener = build_opener(ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=PROBE_TIMEOUT_S) as answer:
+            status = answer.status
+    except (OSError, HTTPException) as error:  # an HTTPError and a timeout are OSErrors too
+        reason = error.reason if type(error) is URLError else error
+        raise CommandError(f"not ready: {url}: {reason}") from error
+    if status != 200:
+        raise CommandError(f"not ready: {url}: answers {status}")
+    print("ready")
+    return 0
+
+
+# --- verbs of the operator --------------------------------------------------------------------------------------
+
+
+def _operate(args: argparse.Namespace) -> int:
+    """Run an operator's verb on the store and print its answer."""
+    from gateway.verbs import VERBS  # noqa: PLC0415
+
+    config = _config(args)
+    # Read before a store is started for nothing.
+    args.secret = _read_secret(args.secret_file) if getattr(args, "secret_file", None) is not None else None
+
+    async def run() -> "Answer":
+        from gateway import app  # noqa: PLC0415
+
+        async with app.operator_session(config) as operator:
+            return await VERBS[args.verb](operator, config.plans, args)
+
+    try:
+        return _print(asyncio.run(run()), args)
+    except UnknownPlan as error:
+        raise CommandError(f"{error}, which has {', '.join(config.plans)}") from error
+
+
+def _print(answer: "Answer", args: argparse.Namespace) -> int:
+    print(answer.rendered(as_json=args.json))
+    return 0 if answer.ok else 1
+
+
+def _read_secret(name: str) -> str:
+    """The file's text without the newline that editors and echo put at its end."""
+    try:
+        if name == "-":
+            content = sys.stdin.buffer.read(_SECRET_FILE_BYTES)
+        else:
+            with Path(name).open("rb") as file:
+                content = file.read(_SECRET_FILE_BYTES)
+    except OSError as error:
+        raise CommandError(f"cannot read the secret from {name}: {error.strerror}") from error
+    text = content.decode("ascii", "replace").removesuffix("\n").removesuffix("\r")
+    try:
+        return check_secret(text)
+    except ValueError as error:
+        raise CommandError(str(error)) from error

@@ -1,0 +1,507 @@
+"""The command line, run as its users run it: a process, its output and its exit code."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gateway import cli
+from gateway.config.load import load, shipped_dir
+from gateway.credits.embedded import running_url
+from gateway.credits.service import CreditEngine, Reservation
+from gateway.credits.store import Store
+from gateway.telemetry.metrics import Metrics
+from tests.gateway_process import Gateway, gateway_config, running_gateway
+from tests.servers import free_port
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = shipped_dir() / "gateway.yaml"
+SECRET = "sk-of-the-operators-choosing-0123456789"
+NANO = Decimal("0.000000001")
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Ours, without a key that would turn the demo model off, and with the package to be found from anywhere."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "IONET_API_KEY": "", **more}
+
+
+@dataclass(frozen=True)
+class Command:
+    """``quota-gateway`` in a directory of its own, on one configuration and data directory."""
+
+    directory: Path
+    data_dir: Path
+    config: Path = SHIPPED
+
+    def plain(self, *arguments: str, stdin: str | bytes = b"", **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run with exactly these arguments."""
+        ended = subprocess.run(
+            [sys.executable, "-m", "gateway", *arguments],
+            cwd=self.directory,
+            env=environment(**variables),
+            input=stdin.encode() if isinstance(stdin, str) else stdin,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        out, err = ended.stdout.decode(), ended.stderr.decode()
+        assert "Traceback" not in err, err
+        return subprocess.CompletedProcess(ended.args, ended.returncode, out, err)
+
+    def run(self, *arguments: str, stdin: str | bytes = b"") -> subprocess.CompletedProcess[str]:
+        """Run a verb on the configuration and the data directory."""
+        where = ("--config", str(self.config), "--data-dir", str(self.data_dir))
+        return self.plain(*arguments, *where, stdin=stdin)
+
+    def text(self, *arguments: str, stdin: str | bytes = b"") -> str:
+        """The output for people of a verb that does its work."""
+        ended = self.run(*arguments, stdin=stdin)
+        assert (ended.returncode, ended.stderr) == (0, ""), ended
+        return ended.stdout
+
+    def json(self, *arguments: str, stdin: str | bytes = b"") -> Any:
+        """The output for programs of a verb that does its work."""
+        return json.loads(self.text(*arguments, "--json", stdin=stdin))
+
+    def refusal(self, *arguments: str, stdin: str | bytes = b"") -> str:
+        """The one line that a verb says instead of doing its work."""
+        ended = self.run(*arguments, stdin=stdin)
+        assert (ended.returncode, ended.stdout) == (1, ""), ended
+        line = ended.stderr.removesuffix("\n")
+        assert line.startswith("quota-gateway: ") and "\n" not in line, ended.stderr
+        return line.removeprefix("quota-gateway: ")
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    """With no gateway running: each verb starts the embedded store for itself."""
+    return Command(tmp_path, tmp_path / "data")
+
+
+@pytest.fixture
+def gateway(command: Command) -> Iterator[Gateway]:
+    with running_gateway(SHIPPED, data_dir=command.data_dir, env=environment()) as gateway:
+        yield gateway
+
+
+@pytest.fixture(params=["stopped", "running"])
+def either(request: pytest.FixtureRequest, command: Command) -> Command:
+    """Beside a running gateway and without one."""
+    if request.param == "running":
+        request.getfixturevalue("gateway")
+    return command
+
+
+# --- the operator's verbs ---------------------------------------------------------------------------------------
+
+
+def test_the_credits_of_an_account(either: Command) -> None:
+    either.text("accounts", "create", "alice")
+    assert either.refusal("accounts", "create", "alice") == "account 'alice' exists already, on plan 'standard'"
+
+    grant = ("credits", "grant", "alice", "12.50", "--operation-id", "invoice:7", "--reason", "paid, thank you")
+    granted = {"account": "alice", "balance": "12.5", "operation_id": "invoice:7", "repeated": False}
+    assert either.json(*grant) == granted
+    assert either.json(*grant) == {**granted, "repeated": True}
+    assert "used before for something else" in either.refusal(*grant[:3], "13", "--operation-id", "invoice:7")
+    assert either.refusal("credits", "refund", "alice", "0.000000001").startswith("at most 0 credits were charged")
+
+    shown = either.json("credits", "show", "alice")
+    resets_at = datetime.strptime(shown["allowance"]["resets_at"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    assert timedelta() < resets_at - datetime.now(UTC) + timedelta(minutes=1) <= timedelta(days=1, minutes=1)
+    expected = {
+        "account": "alice",
+        "plan": "standard",
+        "allowance": {
+            "granted": "0.1",
+            "used": "0",
+            "held": "0",
+            "remaining": "0.1",
+            "window": (resets_at.date() - date(1970, 1, 1)).days - 1,
+            "resets_at": f"{resets_at:%Y-%m-%d}T00:00:00Z",
+        },
+        "balance": "12.5",
+        "balance_held": "0",
+    }
+    assert shown == expected
+    assert either.json("accounts", "show", "alice") == {**expected, "keys": 0}
+    assert expected in either.json("accounts", "list")["data"]
+
+    text = either.text("credits", "show", "alice")
+    assert re.search(r"^allowance  0\.1 of 0\.1 left \(0 used, 0 held\); resets 20.*Z, in \d+ h \d+ min$", text, re.M)
+    assert re.search(r"^balance +12\.5$", text, re.M)
+    assert re.search(r"^alice +standard +0\.1 +12\.5$", either.text("accounts", "list"), re.M)
+
+
+def test_the_keys_of_an_account(either: Command) -> None:
+    either.text("accounts", "create", "alice")
+    made = either.json("keys", "create", "alice", "--name", "laptop")
+    assert made == {"id": made["id"], "account": "alice", "name": "laptop", "secret": made["secret"]}
+    assert re.fullmatch(r"key_[0-9a-f]{24}", made["id"]) and re.fullmatch(r"sk-qg-\S{43}", made["secret"])
+
+    imported = either.json("keys", "create", "alice", "--secret-file", "-", stdin=f"{SECRET}\n")
+    assert imported == {"id": imported["id"], "account": "alice", "name": "", "secret": None}
+    assert "with this secret already" in either.refusal("keys", "create", "alice", "--secret-file", "-", stdin=SECRET)
+
+    listed = either.json("keys", "list", "alice")["data"]
+    assert [(key["id"], key["name"]) for key in listed] == [(made["id"], "laptop"), (imported["id"], "")]
+    assert all(re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", key["created_at"]) for key in listed)
+    assert either.json("accounts", "show", "alice")["keys"] == 2
+
+    assert either.text("keys", "revoke", made["id"]) == f"revoked {made['id']} of account alice\n"
+    assert either.refusal("keys", "revoke", made["id"]) == f"there is no key '{made['id']}'"
+    assert [key["id"] for key in either.json("keys", "list", "alice")["data"]] == [imported["id"]]
+
+
+def test_a_key_is_shown_once_and_only_if_it_is_new(command: Command) -> None:
+    command.text("accounts", "create", "alice")
+    secrets = re.findall(r"sk-qg-\S{43}", command.text("keys", "create", "alice"))
+    (command.directory / "secret").write_text(f"{SECRET}\r\n")
+    text = command.text("keys", "create", "alice", "--name", "imported", "--secret-file", "secret")
+    assert len(secrets) == 1 and SECRET not in text
+    listing = command.text("keys", "list", "alice")
+    assert "imported" in listing and secrets[0] not in listing and SECRET not in listing
+
+
+@pytest.mark.parametrize(
+    ("secret", "message"),
+    [
+        (b"too short\n", "a secret is 16 to 256 visible ASCII characters, without spaces"),
+        (f"{SECRET}\n\n".encode(), "a secret is 16 to 256 visible ASCII characters, without spaces"),
+        ("sk-mit-ümläuten-0123456789".encode(), "a secret is 16 to 256 visible ASCII characters, without spaces"),
+        (b"x" * 5000, "a secret is 16 to 256 visible ASCII characters, without spaces"),
+    ],
+)
+def test_unusable_secrets_are_refused_before_anything_is_done(command: Command, secret: bytes, message: str) -> None:
+    assert command.refusal("keys", "create", "alice", "--secret-file", "-", stdin=secret) == message
+    assert not command.data_dir.exists()
+
+
+@pytest.mark.parametrize(("name", "reason"), [("nowhere", "No such file or directory"), (".", "Is a directory")])
+def test_a_secret_file_that_cannot_be_read(command: Command, name: str, reason: str) -> None:
+    refusal = command.refusal("keys", "create", "alice", "--secret-file", name)
+    assert refusal == f"cannot read the secret from {name}: {reason}"
+
+
+def test_the_plan_of_an_account(command: Command) -> None:
+    command.text("accounts", "create", "bob", "--plan", "developer")
+    shown = command.json("credits", "show", "bob")
+    days = 150 / Decimal(shown["allowance"]["granted"]) / 3
+    assert shown["plan"] == "developer" and 28 <= round(days) <= 31
+
+    command.text("accounts", "set-plan", "bob", "professional", "--operation-id", "upgrade-1")
+    command.text("accounts", "set-plan", "bob", "professional", "--operation-id", "upgrade-1")
+    assert command.json("credits", "show", "bob")["plan"] == "professional"
+    stale = command.refusal("accounts", "set-plan", "bob", "standard", "--version", "1")
+    assert stale == "version 1 is not newer than 1, which was applied; nothing was done"
+    assert re.search(r"^plan +standard$", command.text("accounts", "set-plan", "bob", "standard"), re.M)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("accounts", "show", "nobody"), "there is no account 'nobody'"),
+        (("accounts", "set-plan", "nobody", "standard"), "there is no account 'nobody'"),
+        (
+            ("accounts", "create", "carol", "--plan", "gold"),
+            "plan 'gold' is not in the configuration, which has standard, professional, developer",
+        ),
+        (("keys", "create", "nobody"), "there is no account 'nobody'"),
+        (("keys", "list", "nobody"), "there is no account 'nobody'"),
+        (("keys", "revoke", "key_0"), "there is no key 'key_0'"),
+        (("credits", "grant", "nobody", "1"), "there is no account 'nobody'"),
+        (("credits", "refund", "nobody", "1"), "there is no account 'nobody'"),
+        (("credits", "show", "nobody"), "there is no account 'nobody'"),
+        (("reservations", "list", "nobody"), "there is no account 'nobody'"),
+        (("reservations", "void", "rsv_0"), "there is no reservation 'rsv_0'"),
+        (("reservations", "void", "rsv_00" + "0" * 24), f"there is no reservation 'rsv_00{'0' * 24}'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_unknown_names(command: Command, arguments: tuple[str, ...], message: str) -> None:
+    assert command.refusal(*arguments) == message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("credits", "grant", "alice", "1e3"), "'1e3' is not an amount of credits: write a plain decimal"),
+        (("credits", "grant", "alice", "-1"), "'-1' is not an amount of credits: write a plain decimal"),
+        (("credits", "refund", "alice", "0.0000000001"), "'0.0000000001' is not an amount of credits: write a plain"),
+        (("credits", "grant", "alice", "0x10"), "'0x10' is not an amount of credits"),
+        (("credits", "grant", "alice", "nan"), "'nan' is not an amount of credits"),
+        (
+            ("credits", "grant", "alice", "9999999"),
+            "9999999 credits is more than an account can hold (4503599.627370495)",
+        ),
+        (("credits", "grant", "alice", "1", "--operation-id", "a b"), "'a b' is not an operation id"),
+        (("credits", "grant", "alice", "1", "--reason", "x" * 201), "a reason has at most 200 characters"),
+        (("credits", "grant", "alice", "1", "--reason", "two\nlines"), "a reason is one line of text"),
+        (("accounts", "create", "-alice"), "the following arguments are required: ACCOUNT"),
+        (("accounts", "create", "al ice"), "'al ice' is not an account name: 1 to 64 letters, digits"),
+        (("accounts", "create", "a" * 65), "is not an account name"),
+        (("accounts", "create", ""), "'' is not an account name"),
+        (("accounts", "set-plan", "alice", "standard", "--version", "0"), "'0' is not a version"),
+        (("keys", "create", "alice", "--name", "a|b"), "'a|b' is not a key name"),
+        (("keys", "revoke", "schlüssel"), "'schlüssel' is not an id"),
+        (("serve", "--listen", "8080"), "argument --listen: must be host:port such as 127.0.0.1:8080"),
+        (("serve", "--workers", "2"), "several workers will come later"),
+        (("accounts",), "the following arguments are required: VERB"),
+        (("accounts", "delete", "alice"), "invalid choice: 'delete'"),
+        (("accounts", "list", "--js"), "unrecognized arguments: --js"),
+    ],
+    ids=lambda value: " ".join(value)[:60].replace("\n", " ") if isinstance(value, tuple) else "",
+)
+def test_usage_errors_do_nothing_and_exit_with_2(command: Command, arguments: tuple[str, ...], message: str) -> None:
+    ended = command.plain(*arguments)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    first, rest = ended.stderr.split("\n", 1)
+    assert first.startswith("quota-gateway: ") and message in first
+    assert rest.startswith("usage: quota-gateway")
+    assert list(command.directory.iterdir()) == []
+
+
+def test_accounts_on_a_plan_that_is_gone_are_named(command: Command) -> None:
+    def write(*plans: str) -> Path:
+        path = command.directory / "config.yaml"
+        defined = {plan: {"default": plan == "basic"} for plan in plans}
+        path.write_text(yaml.safe_dump(gateway_config("http://127.0.0.1:1/v1", ["m"], plans=defined)))
+        return path
+
+    command = Command(command.directory, command.data_dir, write("basic", "old"))
+    command.text("accounts", "create", "alice", "--plan", "old")
+    command.text("accounts", "create", "bob")
+    write("basic")
+    alice, bob = command.json("accounts", "list")["data"]
+    assert alice == {"account": "alice", "error": "plan 'old' is not in the configuration"}
+    assert (bob["account"], bob["plan"]) == ("bob", "basic")
+    assert bob["allowance"]["window"] is None and bob["allowance"]["resets_at"] is None
+    assert "plan 'old' is not in the configuration" in command.text("accounts", "list")
+    assert command.refusal("credits", "show", "alice") == "plan 'old' is not in the configuration, which has basic"
+
+
+def test_the_first_start_leaves_an_account_for_the_verbs(command: Command) -> None:
+    with running_gateway(SHIPPED, data_dir=command.data_dir, env=environment()) as gateway:
+        assert gateway.key is not None
+    assert [account["account"] for account in command.json("accounts", "list")["data"]] == ["default"]
+    assert [key["name"] for key in command.json("keys", "list", "default")["data"]] == ["first"]
+
+
+# --- credits that move ------------------------------------------------------------------------------------------
+
+
+def test_a_refund_is_limited_to_what_was_charged(tmp_path: Path) -> None:
+    config = gateway_config("http://127.0.0.1:1/v1", ["m"], plans={"payg": {"default": True}})
+    config["upstreams"]["test"]["api_key"] = ""  # so that the demo model answers
+    with running_gateway(config, data_dir=tmp_path / "data", env=environment()) as gateway:
+        command = Command(tmp_path, gateway.data_dir, gateway.config)
+        command.text("credits", "grant", "default", "1")
+        chat(gateway)
+        balance = Decimal(command.json("credits", "show", "default")["balance"])
+        charged = 1 - balance
+        assert charged > 0
+        too_much = command.refusal("credits", "refund", "default", f"{charged + NANO:f}")
+        assert too_much == f"at most {charged:f} credits were charged to the balance and not refunded yet"
+        assert command.json("credits", "refund", "default", f"{charged:f}")["balance"] == "1"
+        assert command.refusal("credits", "refund", "default", "0.000000001").startswith("at most 0 credits")
+
+
+def chat(gateway: Gateway) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 20}
+    request = urllib.request.Request(
+        f"{gateway.base_url}/chat/completions",
+        json.dumps(body).encode(),
+        {"Authorization": f"Bearer {gateway.key}", "Content-Type": "application/json"},
+    )
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
+        assert answer.status == 200
+
+
+async def test_an_open_reservation_is_listed_and_voided(command: Command, gateway: Gateway) -> None:
+    config = load(SHIPPED, {})
+    metrics = Metrics(config.plans, config.models)
+    url = running_url(command.data_dir)
+    assert url is not None and gateway.key is not None
+    store = Store(url, 60_000, metrics)
+    await store.start()
+    try:
+        engine = CreditEngine(store, config.plans, config.default_plan, metrics)
+        identity = await engine.authenticate(gateway.key)
+        assert identity is not None
+        held_femto = 25 * 10**12
+        made = await engine.reserve(identity, "ab" * 12, "openai/gpt-oss-20b", held_femto, held_femto, 600_000)
+        assert isinstance(made, Reservation)
+    finally:
+        await store.close()
+
+    [one] = command.json("reservations", "list")["data"]
+    created, expires = (datetime.fromisoformat(one.pop(name)) for name in ("created_at", "lease_expires_at"))
+    assert one == {"id": made.id, "account": "default", "held": "0.025", "model": "openai/gpt-oss-20b"}
+    assert expires - created == timedelta(minutes=10)
+    assert command.json("credits", "show", "default")["allowance"]["held"] == "0.025"
+    assert re.search(rf"^{made.id} +default +0\.025 ", command.text("reservations", "list", "default"), re.M)
+
+    assert command.text("reservations", "void", made.id) == f"voided {made.id}; its hold is free\n"
+    assert command.text("reservations", "void", made.id) == f"{made.id} had ended before (voided)\n"
+    assert command.json("reservations", "list") == {"data": []}
+    assert command.text("reservations", "list", "default") == "no open reservations\n"
+    assert command.json("credits", "show", "default")["allowance"]["held"] == "0"
+
+
+# --- the gateway's verbs ----------------------------------------------------------------------------------------
+
+
+def test_check_config_says_what_is_configured(command: Command) -> None:
+    ended = command.plain("check-config")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("ok: plans standard (default), professional, developer; 6 models; upstreams: ")
+    assert "demo model" in ended.stdout
+    with_key = command.plain("check-config", IONET_API_KEY="sk-very-secret").stdout
+    assert with_key.endswith("upstreams: ionet\n") and "secret" not in with_key
+
+
+def test_check_config_names_every_mistake(command: Command) -> None:
+    bad = ROOT / "tests/config_fixtures/many_mistakes"
+    mistakes = bad.with_suffix(".txt").read_text().splitlines()
+    ended = command.plain("check-config", "--config", str(bad / "gateway.yaml"))
+    assert (ended.returncode, ended.stdout) == (1, "")
+    *lines, last = ended.stderr.splitlines()
+    assert [line.removeprefix(f"{bad.parent}/") for line in lines] == mistakes
+    assert last == f"quota-gateway: the configuration has {len(mistakes)} mistakes"
+
+
+def test_every_verb_refuses_a_bad_configuration_alike(command: Command) -> None:
+    ended = command.plain("accounts", "list", "--config", "nowhere.yaml")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.splitlines() == [
+        "nowhere.yaml:1:1: cannot be read: No such file or directory",
+        "quota-gateway: the configuration has 1 mistake",
+    ]
+
+
+def test_schema_is_json(command: Command) -> None:
+    ended = command.plain("schema")
+    assert ended.returncode == 0
+    assert {"listen", "upstreams", "plans", "models"} <= json.loads(ended.stdout)["properties"].keys()
+
+
+def test_doctor_finds_nothing_wrong(command: Command) -> None:
+    findings = command.json("doctor")["data"]
+    assert {"component", "ok", "detail"} == findings[0].keys()
+    assert all(finding["ok"] for finding in findings)
+    assert re.search(r"^ok +store ", command.text("doctor"), re.M)
+
+
+def test_doctor_finds_a_store_that_is_away(command: Command) -> None:
+    config = gateway_config("http://127.0.0.1:1/v1", ["m"])
+    config["store"] = {"url": f"redis://127.0.0.1:{free_port()}"}
+    path = command.directory / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    ended = command.plain("doctor", "--config", str(path), "--json")
+    assert ended.returncode == 1
+    found = {finding["component"]: finding["ok"] for finding in json.loads(ended.stdout)["data"]}
+    assert found == {"store": False, "upstream test": False}
+    refused = command.plain("accounts", "list", "--config", str(path))
+    assert refused.returncode == 1 and refused.stderr.startswith("quota-gateway: cannot reach the store: ")
+
+
+def test_healthcheck_asks_the_running_gateway(command: Command, gateway: Gateway) -> None:
+    address = gateway.admin_url.removeprefix("http://")
+    proxy = f"http://127.0.0.1:{free_port()}"
+    ended = command.plain("healthcheck", "--admin-listen", address, http_proxy=proxy, HTTP_PROXY=proxy)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "ready\n", "")
+    anywhere = address.replace("127.0.0.1", "0.0.0.0")
+    assert command.plain("healthcheck", "--admin-listen", anywhere).returncode == 0
+
+
+def test_healthcheck_fails_where_nobody_listens(command: Command) -> None:
+    ended = command.plain("healthcheck", "--admin-listen", f"127.0.0.1:{free_port()}")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.startswith("quota-gateway: not ready: http://127.0.0.1:")
+    assert ended.stderr.endswith("Connection refused\n")
+
+
+def test_healthcheck_fails_on_a_gateway_that_is_not_ready(command: Command) -> None:
+    class NotReady(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(503)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with closing(HTTPServer(("127.0.0.1", 0), NotReady)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            ended = command.plain("healthcheck", "--admin-listen", f"127.0.0.1:{server.server_port}")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("/readyz: HTTP Error 503: Service Unavailable\n")
+
+
+@pytest.mark.parametrize(
+    ("option", "other", "setting"),
+    [("--listen", "--admin-listen", "listen"), ("--admin-listen", "--listen", "admin.listen")],
+)
+def test_serve_says_which_address_is_taken(command: Command, option: str, other: str, setting: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        ended = command.run("serve", option, address, other, "127.0.0.1:0")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    line = ended.stderr.splitlines()[-1]
+    assert line.startswith(f"quota-gateway: cannot listen on {address}: ")
+    assert line.endswith(f"address already in use; choose another address with {option} or as {setting}")
+
+
+def test_a_second_gateway_on_the_same_data_is_refused(command: Command, gateway: Gateway) -> None:
+    ended = command.run("serve", "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    line = ended.stderr.splitlines()[-1]
+    assert line.startswith("quota-gateway: the data directory ")
+    assert line.endswith(f"in use by another gateway (pid {gateway.pid})")
+
+
+# --- ends that are not the verb's -------------------------------------------------------------------------------
+
+
+def test_a_reader_that_goes_away_is_no_error(command: Command) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as nobody_reads:
+        ended = subprocess.run(
+            [sys.executable, "-m", "gateway", "schema"],
+            cwd=command.directory,
+            env=environment(),
+            stdout=nobody_reads,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+    assert (ended.returncode, ended.stderr) == (1, b"")
+
+
+def test_an_interrupt_ends_a_verb_quietly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_schema", interrupted)
+    assert cli.main(["schema"]) == 130
+    assert capsys.readouterr() == ("", "")
