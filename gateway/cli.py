@@ -103,7 +103,7 @@ def _add_accounts(group: Any) -> None:
 
 def _add_keys(group: Any) -> None:
     create = _operator_verb(group, "keys create", "make a key and print its secret once", account=True)
-    create.add_argument("--name", type=_checked(check_key_name), default="", help="for people to tell keys apart")
+    create.add_argument("--name", type=_checked(check_key_name), help="for people to tell keys apart")
     create.add_argument("--secret-file", metavar="FILE", help="import the secret in this file, - for standard input")
     _operator_verb(group, "keys list", "an account's keys, without secrets", account=True)
     _add_id(_operator_verb(group, "keys revoke", "end a key at once"))

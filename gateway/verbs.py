@@ -81,7 +81,7 @@ async def _credits_add(operator: Operator, _: Plans, args: Namespace) -> Answer:
 
 
 async def _keys_create(operator: Operator, _: Plans, args: Namespace) -> Answer:
-    key, secret = await operator.create_key(args.account, args.name, args.secret)
+    key, secret = await operator.create_key(args.account, args.name or "", args.secret)
     document = {"id": key.id, "account": args.account, "name": key.name, "secret": None}
     lines = {"id": key.id, "account": args.account, "name": key.name or "-"}
     if args.secret is None:  # whoever imports a secret knows it

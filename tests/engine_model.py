@@ -216,9 +216,7 @@ class EngineModel:
         rest -= from_balance
         from_current = 0
         if not own_window:
-            from_current, rest = _pay(
-                self.allowance_free(account), _at_rate(rest, hold.rate_ppm), rest, hold.rate_ppm
-            )
+            from_current, rest = _pay(self.allowance_free(account), _at_rate(rest, hold.rate_ppm), rest, hold.rate_ppm)
         if hold.payg:
             more = min(rest, self.balance_free(account) - from_balance)
             from_balance += more

@@ -12,7 +12,7 @@ from typing import Any, cast
 import hiredis
 from redis.asyncio.connection import parse_url
 
-from gateway.credits.errors import ReplyLost, StoreRefused, StoreUnavailable
+from gateway.credits.errors import ReplyLost, StoreRefused, StoreUnavailable, StoreUnsuitable
 
 #: A reply: bytes, int, None, or a list of replies.
 Reply = Any
@@ -107,35 +107,43 @@ class Connection(asyncio.Protocol):
         self._fail_pending(f"the connection to the store ended: {exc or 'closed by the store'}")
 
 
+_URL_OPTIONS = {"host", "port", "path", "username", "password", "db", "ssl_ca_certs", "connection_class"}
+
+
 async def connect(url: str, timeout_ms: int) -> Connection:
     """Connect and log in as the URL says: redis://, rediss:// or unix://.
 
-    Raises StoreUnavailable when nobody answers in time, StoreRefused for a wrong password or database.
+    ``?ssl_ca_certs=FILE`` names the authority of a rediss:// server's certificate, if the system does not know it.
+    Raises StoreUnavailable when nobody answers in time, StoreRefused for a wrong password or database, and
+    StoreUnsuitable for an option in the URL that has no effect here.
     """
     options: dict[str, Any] = dict(parse_url(url))
-    loop = asyncio.get_running_loop()
+    if unknown := options.keys() - _URL_OPTIONS:
+        raise StoreUnsuitable(f"store.url has options that are not supported: {', '.join(sorted(unknown))}")
     connection: Connection | None = None
     try:
         async with asyncio.timeout(timeout_ms / 1000):
-            if "path" in options:
-                _, connection = await loop.create_unix_connection(lambda: Connection(timeout_ms), options["path"])
-            else:
-                context = ssl.create_default_context() if url.startswith("rediss://") else None
-                if context and options.get("ssl_ca_certs"):
-                    context.load_verify_locations(options["ssl_ca_certs"])
-                _, connection = await loop.create_connection(
-                    lambda: Connection(timeout_ms),
-                    options.get("host", "localhost"),
-                    options.get("port", 6379),
-                    ssl=context,
-                )
+            connection = await _open(options, timeout_ms, tls=url.startswith("rediss://"))
             await _log_in(connection, options)
     except (OSError, TimeoutError) as error:
+        if connection is not None:
+            connection.close()
         raise StoreUnavailable(f"cannot reach the store: {error or 'timed out'}") from error
     except BaseException:
         if connection is not None:
             connection.close()
         raise
+    return connection
+
+
+async def _open(options: dict[str, Any], timeout_ms: int, *, tls: bool) -> Connection:
+    loop = asyncio.get_running_loop()
+    if "path" in options:
+        _, connection = await loop.create_unix_connection(lambda: Connection(timeout_ms), options["path"])
+        return connection
+    context = ssl.create_default_context(cafile=options.get("ssl_ca_certs")) if tls else None
+    host, port = options.get("host", "localhost"), options.get("port", 6379)
+    _, connection = await loop.create_connection(lambda: Connection(timeout_ms), host, port, ssl=context)
     return connection
 
 
