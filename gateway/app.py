@@ -7,11 +7,12 @@ import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from aiohttp import web
 
 from gateway.config.model import Address, GatewayConfig, Secret
-from gateway.credits.embedded import EmbeddedStore, running_url
+from gateway.credits.embedded import EmbeddedStore, EmbeddedStoreError, running_url
 from gateway.credits.errors import StoreError
 from gateway.credits.operator import Operator
 from gateway.credits.reaper import reap
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 DRAIN_S = 25.0
 SETTLE_S = 5.0
 FIRST_ACCOUNT = "default"
+_BORROW_TRIES, _BORROW_PAUSE_S = 20, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +42,14 @@ class Finding:
     detail: str
 
 
+class ListenError(Exception):
+    """A listener's address cannot be had; the text names the address, the cause and the setting."""
+
+
 async def serve(config: GatewayConfig) -> None:
     """Run the gateway until SIGTERM or SIGINT. Requests in flight are drained and settled before it returns.
 
-    Raises EmbeddedStoreError, StoreError and OSError (a listener's address) where it cannot start.
+    Raises EmbeddedStoreError, StoreError and ListenError where it cannot start.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -65,11 +71,11 @@ async def serve(config: GatewayConfig) -> None:
         admin = web.AppRunner(
             admin_app(Health({"store": _store_check(store)}), metrics, config.admin.token), shutdown_timeout=1
         )
-        admin_address = await _listen(stack, admin, config.admin.listen)
+        admin_address = await _listen(stack, admin, config.admin.listen, "admin.listen")
         data = web.ServerRunner(
             web.Server(proxy.handle, handler_cancellation=True, access_log=None), shutdown_timeout=DRAIN_S
         )
-        address = await _listen(stack, data, config.listen)
+        address = await _listen(stack, data, config.listen, "listen")
         metrics.config_reloaded(True)
         print(_welcome(config, address, admin_address, secret), flush=True)
         await stop.wait()
@@ -132,19 +138,33 @@ async def _diagnose_upstream(config: GatewayConfig, client: UpstreamClient, name
 async def _store(config: GatewayConfig, metrics: Metrics, *, serving: bool) -> AsyncIterator[Store]:
     """A started Store: of the configured URL, or of an embedded server that is started here if none runs yet."""
     async with AsyncExitStack() as stack:
-        url: str | None = config.store.url
+        url = config.store.url
         if config.store.embedded:
-            url = None if serving else running_url(config.store.data_dir)
-            if url is None:
-                server = EmbeddedStore(config.store.data_dir)
-                stack.push_async_callback(server.stop)
-                await server.start()
-                url = server.url
-        assert url is not None
+            url = await _embedded_url(config.store.data_dir, stack, borrow=not serving)
         store = Store(url, config.store.timeout_ms, metrics, allow_unsafe=config.store.allow_unsafe)
         stack.push_async_callback(store.close)
         await store.start()
         yield store
+
+
+async def _embedded_url(data_dir: Path, stack: AsyncExitStack, *, borrow: bool) -> str:
+    """The URL of the embedded server: one that runs already, if it may be borrowed, else one started here."""
+    tries_left = _BORROW_TRIES if borrow else 1
+    while True:
+        if borrow and (url := running_url(data_dir)):
+            return url
+        server = EmbeddedStore(data_dir)
+        try:
+            await server.start()
+        except EmbeddedStoreError:
+            # Another verb may just be starting or ending its own.
+            tries_left -= 1
+            if not tries_left:
+                raise
+            await asyncio.sleep(_BORROW_PAUSE_S)
+        else:
+            stack.push_async_callback(server.stop)
+            return server.url
 
 
 @asynccontextmanager
@@ -174,11 +194,18 @@ async def _settle_all(engine: CreditEngine) -> None:
         log.error("%d settlements did not reach the store in time; their reservations' leases end them", left)
 
 
-async def _listen(stack: AsyncExitStack, runner: web.BaseRunner, address: Address) -> Address:
+async def _listen(stack: AsyncExitStack, runner: web.BaseRunner, address: Address, setting: str) -> Address:
     """Open a listener; the address with the port that it got."""
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    await web.TCPSite(runner, address.host, address.port).start()
+    try:
+        await web.TCPSite(runner, address.host, address.port).start()
+    except OSError as error:
+        cause = (error.strerror or str(error)).rpartition(": ")[2]
+        option = "--" + setting.replace(".", "-")
+        raise ListenError(
+            f"cannot listen on {address}: {cause}; choose another address with {option} or as {setting}"
+        ) from error
     return Address(address.host, runner.addresses[0][1])
 
 

@@ -253,21 +253,9 @@ def _serve(args: argparse.Namespace) -> int:
     try:
         with asyncio.Runner(loop_factory=new_loop) as runner:
             runner.run(app.serve(config))
-    except OSError as error:
-        raise CommandError(_listen_failure(error, config)) from error
+    except app.ListenError as error:
+        raise CommandError(str(error)) from error
     return 0
-
-
-def _listen_failure(error: OSError, config: "GatewayConfig") -> str:
-    reason = error.strerror or str(error)
-    for setting, option, address in (
-        ("listen", "--listen", config.listen),
-        ("admin.listen", "--admin-listen", config.admin.listen),
-    ):
-        if f", {address.port})" in reason or f", {address.port}," in reason:  # asyncio names the socket's address
-            cause = reason.rpartition(": ")[2]
-            return f"cannot listen on {address}: {cause}; choose another address with {option} or as {setting}"
-    return reason
 
 
 def _check_config(args: argparse.Namespace) -> int:

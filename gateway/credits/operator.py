@@ -65,7 +65,7 @@ class Operator:
     async def create_account(self, account: str, plan: str | None = None) -> Funds:
         """Open an account on a plan (the default one without). Raises Rejected if it exists, UnknownPlan."""
         check_account_name(account)
-        return await scripts.create(self._store, account, self._plan(plan or self._default_plan))
+        return await scripts.create(self._store, account, self._plan(self._default_plan if plan is None else plan))
 
     async def accounts(self) -> list[str]:
         """The names of all accounts, sorted."""

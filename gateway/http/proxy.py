@@ -439,8 +439,6 @@ class Proxy:
         )
 
 
-
-
 def _secret_of(headers: Mapping[str, str]) -> str | None:
     """The customer's secret, in whichever header its client sends it."""
     authorization = headers.get("Authorization", "")

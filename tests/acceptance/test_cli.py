@@ -22,6 +22,7 @@ import yaml
 from gateway import cli
 from gateway.config.load import load, shipped_dir
 from gateway.credits.embedded import running_url
+from gateway.credits.operator import Operator
 from gateway.credits.service import CreditEngine, Reservation
 from gateway.credits.store import Store
 from gateway.telemetry.metrics import Metrics
@@ -277,6 +278,25 @@ def test_usage_errors_do_nothing_and_exit_with_2(command: Command, arguments: tu
     assert first.startswith("quota-gateway: ") and message in first
     assert rest.startswith("usage: quota-gateway")
     assert list(command.directory.iterdir()) == []
+
+
+async def test_names_are_checked_below_the_command_line_too(operator: Operator) -> None:
+    await operator.create_account("alice")
+    for call in (
+        operator.create_account("a|b"),
+        operator.funds("a|b"),
+        operator.keys("a|b"),
+        operator.create_key("a|b"),
+        operator.reservations("a|b"),
+        operator.set_plan("a|b", "standard"),
+        operator.set_plan("alice", "standard", "an operation"),
+        operator.credit("a|b", 1, "grant"),
+        operator.credit("alice", 1, "grant", "an operation"),
+        operator.credit("alice", 1, "grant", reason="two\nlines"),
+    ):
+        with pytest.raises(ValueError, match=r"is not an account name|is not an operation id|is one line of text"):
+            await call
+    assert (await operator.funds("alice")).balance_nano == 0
 
 
 def test_accounts_on_a_plan_that_is_gone_are_named(command: Command) -> None:
