@@ -64,6 +64,8 @@ async def serve(config: GatewayConfig) -> None:
         await stack.enter_async_context(_running(reap(engine)))
         operator = Operator(store, config.plans, config.default_plan)
         secret = await _first_key(config, operator)
+        if config.store.embedded:
+            await stack.enter_async_context(_running(_abandon_orphans(operator)))
         served = await stack.enter_async_context(_with_demo(config)) if config.demo else config
         client = UpstreamClient()
         stack.push_async_callback(client.close)
@@ -207,6 +209,16 @@ async def _listen(stack: AsyncExitStack, runner: web.BaseRunner, address: Addres
             f"cannot listen on {address}: {cause}; choose another address with {option} or as {setting}"
         ) from error
     return Address(address.host, runner.addresses[0][1])
+
+
+async def _abandon_orphans(operator: Operator) -> None:
+    """A gateway that was killed left holds. With the store to ourselves nobody will settle them: why wait for their
+    leases?"""
+    try:
+        if count := await operator.abandon_orphans():
+            log.warning("gave back what %d requests of a killed gateway held", count)
+    except StoreError as error:
+        log.warning("the holds of a killed gateway stay until their leases end: %s", error)
 
 
 def _store_check(store: Store) -> Check:

@@ -33,6 +33,8 @@ MOST_PRICE = Decimal(2000)
 MOST_TOKENS = 10_000_000
 MOST_SIZE_BYTES = 2**30
 
+LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")
+
 _DURATION_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000}
 _SIZE_BYTES = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _PRICE = re.compile(r"[0-9]{1,9}(\.[0-9]{1,18})?([eE][-+]?[0-9]{1,2})?")
@@ -311,6 +313,16 @@ def _number_schema(pattern: str, kind: str, **bounds: float) -> WithJsonSchema:
 _DURATION_SCHEMA = WithJsonSchema(_text_schema(r"^[0-9]{1,9}(ms|s|m|h)$"))
 _PRICE_SCHEMA = _number_schema(rf"^{_PRICE.pattern}$", "number", minimum=0)
 _TOKENS_SCHEMA = _number_schema("^[0-9]{1,8}$", "integer", minimum=1, maximum=MOST_TOKENS)
+
+
+def limit_field(value: object) -> str:
+    """The name of the request field that limits an answer."""
+    text = scalar(value)
+    if text.text not in LIMIT_FIELDS:
+        raise ValueError(f"is {quoted(text.written)}, not {' or '.join(LIMIT_FIELDS)}")
+    return text.text
+
+
 _FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 
@@ -330,6 +342,11 @@ _SECRET_SCHEMA = WithJsonSchema({"type": ["string", "number", "null"]})
 
 Boolean = Annotated[
     bool, PlainValidator(boolean), WithJsonSchema({"anyOf": [{"type": "boolean"}, _text_schema("^(true|false)$")]})
+]
+LimitField = Annotated[
+    Literal["max_tokens", "max_completion_tokens"],
+    PlainValidator(limit_field),
+    WithJsonSchema({"enum": list(LIMIT_FIELDS)}),
 ]
 FieldNames = Annotated[
     frozenset[str],

@@ -111,6 +111,7 @@ def _upstream(name: str, raw: RawUpstream) -> Upstream:
         idle_timeout_ms=raw.idle_timeout,
         total_timeout_ms=raw.total_timeout,
         stream_usage=raw.stream_usage,
+        limit_field=raw.limit_field,
         allow_fields=raw.allow_fields,
     )
 

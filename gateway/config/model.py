@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 from gateway.domain.model import Model
@@ -90,6 +91,7 @@ class Upstream:
 
     base_url: http or https, without a trailing slash. api_key: None for a server that needs none; an empty Secret
     only in demo mode. stream_usage: whether ``stream_options.include_usage`` may be added to a streamed request.
+    limit_field: the request field that limits an answer's output, which older servers know only by its first name.
     allow_fields: request fields to let through that the gateway does not know to cost nothing.
     idle_timeout_ms: the longest silence; total_timeout_ms: the longest answer.
     """
@@ -101,6 +103,7 @@ class Upstream:
     idle_timeout_ms: int = 300_000
     total_timeout_ms: int = 900_000
     stream_usage: bool = True
+    limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     allow_fields: frozenset[str] = frozenset()
 
 

@@ -14,6 +14,7 @@ from gateway.config.fields import (
     CreditsNano,
     Directory,
     FieldNames,
+    LimitField,
     Listen,
     ModelName,
     PriceFemto,
@@ -89,6 +90,12 @@ class RawUpstream(_Mapping):
         default="true",
         validate_default=True,
         description="Whether stream_options.include_usage may be added to requests",
+    )
+    limit_field: LimitField = Field(
+        default="max_tokens",
+        validate_default=True,
+        description="The field that limits an answer: max_completion_tokens for OpenAI's newer models, which refuse "
+        "the other; max_tokens for everything else, because older servers ignore the newer name",
     )
     allow_fields: FieldNames = Field(
         default=frozenset(),

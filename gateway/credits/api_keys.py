@@ -36,8 +36,8 @@ class KeyDigest:
 
 
 def digest_of(secret: str) -> KeyDigest:
-    """The digest of a secret as a client sends it."""
-    return KeyDigest(hashlib.sha256(secret.encode()).hexdigest())
+    """The digest of a secret as a client sends it, whatever bytes it may be."""
+    return KeyDigest(hashlib.sha256(secret.encode(errors="surrogateescape")).hexdigest())
 
 
 def new_secret() -> str:

@@ -22,4 +22,6 @@ async def reap(engine: CreditEngine) -> None:
                 await asyncio.gather(*(engine.expire_due(shard) for shard in range(first, first + _SHARDS_AT_ONCE)))
             except StoreError as error:
                 log.debug("the sweep is put off: %s", error)
+            except Exception:  # whatever it is: without sweeps no lease would end any more
+                log.exception("the sweep of shards %d to %d failed", first, first + _SHARDS_AT_ONCE - 1)
             await asyncio.sleep(SWEEP_S * _SHARDS_AT_ONCE / SHARDS)

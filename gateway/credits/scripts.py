@@ -98,7 +98,9 @@ async def settle(store: Store, account: str, reservation: str, *, plan: Plan, co
     return settlement if len(reply) == 6 else _with_funds(settlement, _funds(reply[6:], plan))
 
 
-async def release(store: Store, account: str, reservation: str, verb: Literal["void", "expire"]) -> Settlement | None:
+async def release(
+    store: Store, account: str, reservation: str, verb: Literal["void", "expire", "abandon"]
+) -> Settlement | None:
     """Give a hold back. None: expire came before the lease's end. Raises UnknownAccount, UnknownReservation."""
     reply = await store.run("release", money_keys(account), (account, reservation, verb))
     return None if reply[0] == b"open" else _settlement(reply, account, reservation)

@@ -14,13 +14,14 @@ from typing import TypeVar
 
 from gateway.credits import scripts
 from gateway.credits.api_keys import KeyDigest, digest_of
-from gateway.credits.errors import StoreUnavailable, UnknownPlan, UnknownReservation
+from gateway.credits.errors import EngineError, StoreError, StoreUnavailable, UnknownPlan, UnknownReservation
 from gateway.credits.keyspace import (
     reservation_id,
     shard_keys,
 )
 from gateway.credits.store import Store
 from gateway.domain.decision import Denied, Reserved, Settlement, deny
+from gateway.domain.money import MAX_NANO
 from gateway.domain.plan import Plan
 from gateway.domain.price import Cost, cost_of
 from gateway.telemetry.metrics import Metrics
@@ -31,7 +32,7 @@ T = TypeVar("T")
 
 _IDENTITY_TTL_S = 60.0  # a revoked key is refused at once by the reservation itself; this bounds the free endpoints
 _IDENTITIES = 10_000
-_RETRY_PAUSE_S = 0.05
+_RETRY_FIRST_S, _RETRY_MOST_S = 0.05, 5.0
 _REPLY_LOST_WAIT_S = 1.0
 _DUE_AT_ONCE = 200
 
@@ -133,7 +134,7 @@ class CreditEngine:
 
         try:
             outcome = await repeat_if_lost(self._store, attempt)
-        except (asyncio.CancelledError, StoreUnavailable):
+        except (asyncio.CancelledError, StoreError):
             # The script may have run, or run yet: nobody will settle this reservation, so it is taken back.
             self._in_background(self._void_until_done(identity.account, reservation))
             raise
@@ -148,13 +149,13 @@ class CreditEngine:
         account = identity.account
         plan = self._plan(self._plan_names.get(account, self._default_plan))
         while True:
-            minimum = cost_of(minimum_femto, plan.rate_ppm)
+            minimum = _within_range(cost_of(minimum_femto, plan.rate_ppm))
             outcome = await scripts.reserve(
                 self._store,
                 account,
                 reservation,
                 plan=plan,
-                amount=cost_of(amount_femto, plan.rate_ppm),
+                amount=_within_range(cost_of(amount_femto, plan.rate_ppm)),
                 minimum_nano=minimum.payg_nano,
                 lease_ms=lease_ms,
                 key_id=identity.key_id,
@@ -180,13 +181,13 @@ class CreditEngine:
     async def settle(self, reservation: Reservation, cost_femto: int, note: str) -> Settlement:
         """Charge the actual cost (list price, femto-credits) and give back the rest of the hold.
 
-        If the caller is cancelled, or StoreUnavailable is raised, the settlement goes on in the background.
+        If the caller is cancelled, or StoreError is raised, the settlement goes on in the background.
         """
         cost = cost_of(cost_femto, reservation.plan.rate_ppm)
         self.open_reservations -= 1
         try:
             settlement = await self._settle_once(reservation, cost, note)
-        except (asyncio.CancelledError, StoreUnavailable):
+        except (asyncio.CancelledError, StoreError):
             self._in_background(self._settle_until_done(reservation, cost, note))
             raise
         return settlement
@@ -211,11 +212,12 @@ class CreditEngine:
             self._metrics.released("settled", max(0, left))
 
     async def void(self, reservation: Reservation) -> None:
-        """Give the whole hold back. Never raises StoreUnavailable: it goes on in the background."""
+        """Give the whole hold back. Never raises StoreError: it goes on in the background."""
         self.open_reservations -= 1
         try:
             await scripts.release(self._store, reservation.account, reservation.id, "void")
-        except StoreUnavailable:
+        except StoreError as error:
+            log.warning("voiding %s is put off: %s", reservation.id, error)
             self._in_background(self._void_until_done(reservation.account, reservation.id))
         except asyncio.CancelledError:
             self._in_background(self._void_until_done(reservation.account, reservation.id))
@@ -234,12 +236,15 @@ class CreditEngine:
             return  # it was never made
 
     async def _until_done(self, attempt: Callable[[], Awaitable[object]]) -> None:
+        pause_s = _RETRY_FIRST_S
         while True:
             try:
                 await attempt()
-            except StoreUnavailable:
-                await asyncio.sleep(_RETRY_PAUSE_S)
-                await self._store.wait_connected(60)
+            except StoreError as error:
+                # Also a store that answers and refuses: full, read-only, busy. It may take the call later.
+                log.warning("the store did not take a settlement yet: %s", error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, _RETRY_MOST_S)
             else:
                 return
 
@@ -272,9 +277,22 @@ class CreditEngine:
         while True:
             looked_at, overdue = await scripts.due(self._store, shard, limit=_DUE_AT_ONCE)
             for reservation, account in overdue:
-                settlement = await scripts.release(self._store, account, reservation, "expire")
-                if settlement is not None and not settlement.repeated:
-                    ended += 1
-                    log.warning("the lease of %s (account %s) ran out; its hold was released", reservation, account)
+                ended += await self._expire(reservation, account)
             if looked_at < _DUE_AT_ONCE:
                 return ended
+
+    async def _expire(self, reservation: str, account: str) -> bool:
+        try:
+            settlement = await scripts.release(self._store, account, reservation, "expire")
+        except EngineError as error:
+            log.error("the lease of %s ran out and cannot be ended: %s", reservation, error)
+            return False
+        if settlement is None or settlement.repeated:
+            return False
+        log.warning("the lease of %s (account %s) ran out; its hold was released", reservation, account)
+        return True
+
+
+def _within_range(cost: Cost) -> Cost:
+    """No account can hold more than MAX_NANO: a dearer request is denied like any that is too dear."""
+    return Cost(min(cost.payg_nano, MAX_NANO), min(cost.plan_nano, MAX_NANO))

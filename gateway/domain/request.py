@@ -5,8 +5,10 @@ gateway does not (``n_predict`` beside ``max_tokens``, say) would be forwarded a
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+import orjson
 
 from gateway.domain.model import Model
 from gateway.domain.price import Tokens
@@ -22,6 +24,18 @@ MIN_OUTPUT_TOKENS = 16
 #: English text runs at about four bytes per token. Only used to charge input and output for which no upstream
 #: gave a usage, and never beyond the bound.
 BYTES_PER_TOKEN = 4
+
+#: No tokenizer averages more characters per token than this. Where a request has several prompts or answers, an
+#: upstream that reports fewer tokens has reported only some of them.
+MOST_CHARACTERS_PER_TOKEN = 8
+
+# Any other key of a message or of a text part may be another kind of content to some upstream: then the text's
+# bytes bound nothing, and the whole context window is held.
+_MESSAGE_KEYS = frozenset(
+    "role content name tool_calls tool_call_id function_call refusal reasoning_content reasoning".split()
+)
+_PART_KEYS = frozenset({"type", "text", "refusal"})
+_TEMPLATE_ARGUMENTS = frozenset({"enable_thinking", "thinking", "preserve_thinking", "reasoning_effort"})
 
 _EVERYWHERE = frozenset({"model", "user", "metadata", "safety_identifier"})
 _SAMPLING = frozenset(
@@ -59,8 +73,8 @@ class Ask:
     """What a request asks for.
 
     input_bytes: UTF-8 bytes of its JSON, an upper bound of its text's tokens; None where it holds something other
-    than text. prompts: how many inputs; completions: answers per prompt. max_tokens: most output tokens per
-    answer that the client named, in limit_field.
+    than text. template_bytes: what a chat template may make more of it. least_input_tokens: what its prompts cannot be less than, where there are several. prompts: how many
+    inputs; completions: answers per prompt. max_tokens: most output tokens per answer that the client named.
     """
 
     operation: Operation
@@ -68,11 +82,16 @@ class Ask:
     input_bytes: int | None
     prompts: int = 1
     completions: int = 1
+    template_bytes: int = 0
+    least_input_tokens: int = 0
     max_tokens: int | None = None
-    limit_field: str = "max_tokens"
     echo: bool = False
     stream: bool = False
     wants_usage: bool = False
+
+    def of_size(self, size_bytes: int) -> "Ask":
+        """The same, with the size of the body that will be forwarded added."""
+        return self if self.input_bytes is None else replace(self, input_bytes=self.input_bytes + size_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +126,8 @@ def read_request(operation: Operation, body: object, size_bytes: int, extra_fiel
         case "text_completion":
             return _read_completion(body, model, size_bytes)
         case "embeddings":
-            prompts = _count_prompts(body, "input")
-            return Ask("embeddings", model, size_bytes, prompts=prompts, completions=0)
+            prompts, least = _count_prompts(body, "input")
+            return Ask("embeddings", model, size_bytes, prompts=prompts, completions=0, least_input_tokens=least)
 
 
 def bound_of(ask: Ask, model: Model) -> Bound:
@@ -117,7 +136,7 @@ def bound_of(ask: Ask, model: Model) -> Bound:
     if ask.input_bytes is None:
         input_tokens = context
     else:
-        input_tokens = min(context, ask.input_bytes + model.template_tokens * ask.prompts)
+        input_tokens = min(context, ask.input_bytes + ask.template_bytes + model.template_tokens * ask.prompts)
     answers = ask.completions * ask.prompts
     if not answers:
         return Bound(input_tokens, 0, 0)
@@ -172,30 +191,43 @@ def _read_chat(body: dict[str, Any], model: str, size_bytes: int) -> Ask:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest("'messages' must be a non-empty array", "messages")
-    text_only = all(_is_text(message, index) for index, message in enumerate(messages))
+    kinds = {_is_text(message, index) for index, message in enumerate(messages)}
     _only(body, "modalities", (["text"],))
     _only(body, "service_tier", ("auto", "default"))
+    _check_template_arguments(body)
     for index, tool in enumerate(_list(body, "tools")):
         if not isinstance(tool, dict) or tool.get("type") not in ("function", "custom"):
             raise InvalidRequest("only tools of type 'function' or 'custom' are supported", f"tools[{index}].type")
-    limits = {
-        name: limit for name in ("max_completion_tokens", "max_tokens") if (limit := _whole(body, name, 1)) is not None
-    }
+    limits = [_whole(body, name, 1) for name in ("max_completion_tokens", "max_tokens")]
     stream, wants_usage = _read_stream(body)
     return Ask(
         "chat",
         model,
-        size_bytes if text_only else None,
+        size_bytes if kinds == {True} else None,
+        template_bytes=_as_template_writes(body),
         completions=_whole(body, "n", 1, MAX_COMPLETIONS) or 1,
-        max_tokens=min(limits.values(), default=None),
-        limit_field=next(iter(limits), "max_tokens"),
+        max_tokens=min((limit for limit in limits if limit is not None), default=None),
         stream=stream,
         wants_usage=wants_usage,
     )
 
 
+def _as_template_writes(body: dict[str, Any]) -> int:
+    """Bytes that templates may add by writing schemas indented (Llama 3 by four) and escaped into the prompt."""
+    schemas = [body[name] for name in ("tools", "functions", "response_format", "json_schema") if body.get(name)]
+    return sum(4 * len(orjson.dumps(schema, option=orjson.OPT_INDENT_2)) for schema in schemas)
+
+
+def _check_template_arguments(body: dict[str, Any]) -> None:
+    # Others replace the template itself, and with it what the prompt's bytes can become.
+    for name, value in _dict(body, "chat_template_kwargs").items():
+        if name not in _TEMPLATE_ARGUMENTS or not (value is None or isinstance(value, (bool, str))):
+            param = f"chat_template_kwargs.{name[:64]}"
+            raise InvalidRequest(f"{param!r} is not supported here: its effect on the cost is not known", param)
+
+
 def _read_completion(body: dict[str, Any], model: str, size_bytes: int) -> Ask:
-    prompts = _count_prompts(body, "prompt")
+    prompts, least = _count_prompts(body, "prompt")
     stream, wants_usage = _read_stream(body)
     return Ask(
         "text_completion",
@@ -203,6 +235,7 @@ def _read_completion(body: dict[str, Any], model: str, size_bytes: int) -> Ask:
         size_bytes,
         prompts=prompts,
         completions=max(_whole(body, "n", 1, MAX_COMPLETIONS) or 1, _whole(body, "best_of", 1, MAX_COMPLETIONS) or 1),
+        least_input_tokens=least,
         # The API's own default of 16 is not every server's: the limit is always sent.
         max_tokens=_whole(body, "max_tokens", 1) or 16,
         echo=_bool(body, "echo"),
@@ -215,37 +248,41 @@ def _is_text(message: object, index: int) -> bool:
     if not isinstance(message, dict):
         raise InvalidRequest("each message must be an object", f"messages[{index}]")
     content = message.get("content")
-    if content is None or isinstance(content, str):
-        return "audio" not in message
-    if not isinstance(content, list):
+    if content is not None and not isinstance(content, (str, list)):
         raise InvalidRequest("'content' must be a string or an array of parts", f"messages[{index}].content")
-    return all(isinstance(part, dict) and part.get("type") in ("text", "refusal") for part in content)
+    parts = content if isinstance(content, list) else []
+    return message.keys() <= _MESSAGE_KEYS and all(
+        isinstance(part, dict) and part.get("type") in ("text", "refusal") and part.keys() <= _PART_KEYS
+        for part in parts
+    )
 
 
-def _count_prompts(body: dict[str, Any], field: str) -> int:
-    """How many inputs the field holds: a text, a list of texts, a list of token ids or a list of those."""
+def _count_prompts(body: dict[str, Any], field: str) -> tuple[int, int]:
+    """How many inputs the field holds, and what several of them cannot be less than in tokens. It may be a text, a
+    list of texts, a list of token ids or a list of those."""
     value = body.get(field)
     if isinstance(value, str):
-        return 1
+        return 1, 0
     if not isinstance(value, list) or not value:
         raise InvalidRequest(f"{field!r} must be a string or a non-empty array", field)
     if all(type(item) is int for item in value):
-        return 1
+        return 1, len(value)
     if len(value) > MAX_PROMPTS:
         raise InvalidRequest(f"{field!r} has {len(value)} items; at most {MAX_PROMPTS} are taken", field)
+    least = 0
     for index, item in enumerate(value):
-        if not isinstance(item, str) and not (isinstance(item, list) and all(type(token) is int for token in item)):
+        if isinstance(item, str):
+            least += len(item) // MOST_CHARACTERS_PER_TOKEN
+        elif isinstance(item, list) and all(type(token) is int for token in item):
+            least += len(item)
+        else:
             raise InvalidRequest("each item must be a string or an array of token ids", f"{field}[{index}]")
-    return len(value)
+    return len(value), least
 
 
 def _read_stream(body: dict[str, Any]) -> tuple[bool, bool]:
     stream = _bool(body, "stream")
-    options = body.get("stream_options")
-    if options is None:
-        return stream, False
-    if not isinstance(options, dict):
-        raise InvalidRequest("'stream_options' must be an object", "stream_options")
+    options = _dict(body, "stream_options")
     return stream, _bool(options, "include_usage", "stream_options.include_usage")
 
 
@@ -270,6 +307,13 @@ def _list(body: dict[str, Any], name: str) -> list[Any]:
     if value is not None and not isinstance(value, list):
         raise InvalidRequest(f"{name!r} must be an array", name)
     return value or []
+
+
+def _dict(body: dict[str, Any], name: str) -> dict[str, Any]:
+    value = body.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise InvalidRequest(f"{name!r} must be an object", name)
+    return value or {}
 
 
 def _only(body: dict[str, Any], name: str, allowed: tuple[object, ...]) -> None:

@@ -171,6 +171,29 @@ def upstream_timeout() -> Failure:
     )
 
 
+def deadline_passed(*, charged: bool) -> Failure:
+    """The gateway's own limit for an answer. What a client was sent of it by then is charged."""
+    return Failure(
+        504,
+        "api_error",
+        "upstream_timeout",
+        "The answer took longer than answers may take; "
+        + ("what was sent of it was charged." if charged else "nothing was charged."),
+        headers=_NO_RETRY,
+    )
+
+
+def body_too_slow() -> Failure:
+    """The request's body did not arrive in time."""
+    return Failure(
+        408,
+        "invalid_request_error",
+        "request_timeout",
+        "The request body did not arrive in time.",
+        headers=_NO_RETRY,
+    )
+
+
 def upstream_auth() -> Failure:
     """The upstream refuses the gateway's own key."""
     return Failure(

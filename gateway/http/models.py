@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 #: How old an upstream's list may be.
 FRESH_S = 60.0
+#: How long an upstream may take to send it.
+ASK_S = 5.0
 _MOST_BYTES = 8 * 2**20
 
 
@@ -70,10 +72,10 @@ class ModelsList:
     async def _ask(self, upstream: Upstream) -> None:
         self._said_at[upstream.name] = time.monotonic()
         try:
-            async with self._client.send(upstream, "GET", "/models", {}) as answer:
+            async with asyncio.timeout(ASK_S), self._client.send(upstream, "GET", "/models", {}) as answer:
                 document = orjson.loads(await answer.body(_MOST_BYTES)) if answer.status == 200 else None
-        except (UpstreamError, orjson.JSONDecodeError) as error:
-            log.warning("upstream %s gives no list of models: %s", upstream.name, error)
+        except (UpstreamError, TimeoutError, orjson.JSONDecodeError) as error:
+            log.warning("upstream %s gives no list of models: %s", upstream.name, error or "no answer in time")
             return
         data = document.get("data") if isinstance(document, dict) else None
         if isinstance(data, list):

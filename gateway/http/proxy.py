@@ -6,90 +6,41 @@ what the client was sent before it hung up, or given back whole because the upst
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import replace
 
 import orjson
 from aiohttp import web
-from aiohttp.web_exceptions import HTTPException
 
 from gateway.config.model import GatewayConfig
-from gateway.credits.errors import StoreError, UnknownPlan
+from gateway.credits.errors import EngineError, StoreError, UnknownPlan
 from gateway.credits.service import CreditEngine, Identity, Refused, Reservation
-from gateway.domain.decision import Denied, Settlement
+from gateway.domain.decision import Denied
 from gateway.domain.model import Model
-from gateway.domain.money import format_credits
 from gateway.domain.price import FEMTO_PER_NANO, Tokens
-from gateway.domain.request import (
-    Ask,
-    Bound,
-    InvalidRequest,
-    Operation,
-    affordable_output,
-    bound_of,
-    least_output,
-    read_request,
-    worst_femto,
-)
+from gateway.domain.request import InvalidRequest, Operation, affordable_output, least_output, worst_femto
 from gateway.http import errors
-from gateway.http.errors import Failure, funds_headers, rfc3339
+from gateway.http.errors import Failure, funds_headers
+from gateway.http.exchange import Exchange, cost_fields, credit_headers
 from gateway.http.models import ModelsList
+from gateway.http.quote import METERED, PATHS, Quote, forwarded_body, read_body, read_quote
 from gateway.telemetry.logs import log_request
 from gateway.telemetry.metrics import STORE_UNAVAILABLE, Metrics, Phase
-from gateway.upstream.client import UpstreamAnswer, UpstreamClient, UpstreamError, UpstreamTimeout
-from gateway.upstream.sse import BrokenStream, EventStream
-from gateway.upstream.usage import billed, billed_without_usage, read_answer
+from gateway.upstream.client import DeadlinePassed, UpstreamAnswer, UpstreamClient, UpstreamError, UpstreamTimeout
+from gateway.upstream.sse import BrokenStream, EventStream, Overrun
+from gateway.upstream.usage import Usage, exceeds, read_answer
 
 log = logging.getLogger(__name__)
 
-METERED: Mapping[str, Operation] = {
-    "/chat/completions": "chat",
-    "/completions": "text_completion",
-    "/embeddings": "embeddings",
-}
 _PREFIXES = ("/v1", "/api/v1")
 
 #: A reservation outlives the longest answer by this much, so that no live request loses its hold.
-LEASE_MARGIN_MS = 60_000
+LEASE_MARGIN_MS = 180_000
 _MOST_ERROR_BYTES = 2**20
+_MOST_RETRY_S = 60
 _CLIENT_STALL_S = 60.0
-
-
-@dataclass(slots=True)
-class Exchange:
-    """One request as it goes through, for its answer's headers, its log line and its metrics."""
-
-    number: str = field(default_factory=lambda: secrets.token_hex(12))
-    started: float = field(default_factory=time.perf_counter)
-    identity: Identity | None = None
-    ask: Ask | None = None
-    reservation: Reservation | None = None
-    ended: bool = False
-    settlement: Settlement | None = None
-    tokens: Tokens = field(default_factory=lambda: Tokens(0, 0))
-    max_tokens: int | None = None
-    decision: str = "none"
-    reason: str | None = None
-    status: int = 499
-    overhead_s: float = 0.0
-    first_byte: float | None = None
-
-    @property
-    def id(self) -> str:
-        """What x-request-id says."""
-        return f"req_{self.number}"
-
-
-@dataclass(frozen=True, slots=True)
-class Quote:
-    """A request that may be reserved for: what it asks, of which model, its bound and its decoded body."""
-
-    ask: Ask
-    model: Model
-    bound: Bound
-    body: dict[str, object]
 
 
 class Proxy:
@@ -109,21 +60,42 @@ class Proxy:
             response = await self._route(exchange, request)
             exchange.status = response.status
             return response
-        except StoreError as error:
-            log.warning("%s: %s", exchange.id, error)
-            self._decide(exchange, "denied", STORE_UNAVAILABLE)
-            return self._fail(exchange, errors.store_unavailable())
-        except UnknownPlan as error:
-            log.error("%s: %s", exchange.id, error)
-            return self._fail(exchange, errors.plan_not_configured(str(error)))
-        except ConnectionResetError:
-            exchange.reason = "client_closed"
-            return web.Response(status=exchange.status)  # nobody is there to read it
-        except Exception:
-            log.exception("%s failed", exchange.id)
-            return self._fail(exchange, errors.internal_error())
+        except Exception as error:
+            if exchange.response is not None and exchange.response.prepared:
+                return await self._cut(exchange, request, exchange.response, error)
+            return self._excuse(exchange, error)
         finally:
             self._report(exchange)
+
+    def _excuse(self, exchange: Exchange, error: Exception) -> web.StreamResponse:
+        """The answer to a request that something went wrong with before any answer had begun."""
+        match error:
+            case StoreError():
+                log.warning("%s: %s", exchange.id, error)
+                self._decide(exchange, "denied", STORE_UNAVAILABLE)
+                return self._fail(exchange, errors.store_unavailable())
+            case UnknownPlan():
+                log.error("%s: %s", exchange.id, error)
+                return self._fail(exchange, errors.plan_not_configured(str(error)))
+            case ConnectionResetError():
+                exchange.reason = "client_closed"
+                return web.Response(status=exchange.status)  # nobody is there to read it
+        log.error("%s failed", exchange.id, exc_info=error)
+        return self._fail(exchange, errors.internal_error())
+
+    async def _cut(
+        self, exchange: Exchange, request: web.BaseRequest, response: web.StreamResponse, error: Exception
+    ) -> web.StreamResponse:
+        """End a stream that has begun and cannot go on; a second answer must not be written into it."""
+        exchange.status, exchange.reason = response.status, "client_closed"
+        if not isinstance(error, ConnectionResetError):
+            log.error("%s failed while streaming", exchange.id, exc_info=error)
+            exchange.reason = "internal_error"
+            with suppress(ConnectionResetError):
+                await _write(response, errors.internal_error().event(exchange.id))
+        if request.transport is not None:
+            request.transport.close()
+        return response
 
     async def _route(self, exchange: Exchange, request: web.BaseRequest) -> web.StreamResponse:
         path = next((request.path[len(p) :] for p in _PREFIXES if request.path.startswith(p + "/")), "")
@@ -168,30 +140,17 @@ class Proxy:
 
     async def _quote(self, exchange: Exchange, request: web.BaseRequest, operation: Operation) -> Quote | Failure:
         most_bytes = self._config.limits.body_bytes
-        raw = await _read_body(request, most_bytes)
+        raw = await read_body(request, most_bytes)
         if isinstance(raw, Failure):
             return raw
         started = time.perf_counter()
         try:
-            body = orjson.loads(raw)
-            # What is priced is what is forwarded: this document, written anew, so that duplicate keys and odd
-            # encodings mean the same on both sides. The bytes it came in bound the tokens of its text.
-            model = self._model_of(body)
-            allowed = self._config.upstreams[model.upstream].allow_fields if model else ()
-            ask = read_request(operation, body, len(raw), allowed)
-        except orjson.JSONDecodeError as error:
-            return errors.invalid_body(InvalidRequest(f"it is not JSON: {error}"))
+            quote = read_quote(self._config, operation, raw)
         except InvalidRequest as error:
             return errors.invalid_body(error)
-        exchange.ask = ask
+        exchange.ask = quote.ask if isinstance(quote, Quote) else None
         self._spent(exchange, "quote", started)
-        if model is None:
-            return errors.unknown_model(ask.model)
-        return Quote(ask, model, bound_of(ask, model), body)
-
-    def _model_of(self, body: object) -> Model | None:
-        name = body.get("model") if isinstance(body, dict) else None
-        return self._config.models.get(name) if isinstance(name, str) else None
+        return quote
 
     # --- reserve ------------------------------------------------------------------------------------------------
 
@@ -228,9 +187,9 @@ class Proxy:
         affordable = affordable_output(quote.bound, quote.model, reservation.reserved.payg_nano * FEMTO_PER_NANO)
         if affordable < quote.bound.output_tokens_each or affordable < (quote.ask.max_tokens or 0):
             exchange.max_tokens = affordable
-        bound = Bound(quote.bound.input_tokens, quote.bound.answers, affordable, quote.bound.echo)
-        body = _forwarded_body(quote, affordable, may_ask_usage=upstream.stream_usage)
-        path = next(path for path, operation in METERED.items() if operation == quote.ask.operation)
+        quote = replace(quote, bound=replace(quote.bound, output_tokens_each=affordable))
+        body = forwarded_body(quote, upstream)
+        path = PATHS[quote.ask.operation]
         self._spent(exchange, "forward", started)
         self._metrics.upstream_started(upstream.name)
         try:
@@ -238,8 +197,8 @@ class Proxy:
                 if answer.status != 200:
                     return await self._pass_error(exchange, answer)
                 if quote.ask.stream and answer.content_type == "text/event-stream":
-                    return await self._stream(exchange, request, quote.ask, bound, answer)
-                return await self._whole(exchange, quote, bound, answer)
+                    return await self._stream(exchange, request, quote, answer)
+                return await self._whole(exchange, quote, answer)
         except UpstreamError as error:
             log.warning("%s: upstream %s: %s", exchange.id, upstream.name, error)
             return self._fail(exchange, _upstream_failure(error))
@@ -247,47 +206,36 @@ class Proxy:
             self._metrics.upstream_ended(upstream.name)
 
     async def _pass_error(self, exchange: Exchange, answer: UpstreamAnswer) -> web.Response:
-        if answer.status in (401, 403):
+        if answer.status in (401, 402, 403):  # about the operator's key or credits, not the customer's
             log.error("%s: the upstream refuses the gateway's key (status %d)", exchange.id, answer.status)
             return self._fail(exchange, errors.upstream_auth())
         if answer.status < 400:
             return self._fail(exchange, errors.upstream_unavailable())
         body = await answer.body(_MOST_ERROR_BYTES)
         exchange.reason = "upstream_error"
-        failure = errors.upstream_error(answer.status)
-        headers = {name: answer.headers[name] for name in ("Retry-After", "retry-after-ms") if name in answer.headers}
-        if not _is_error_object(body):
-            return failure.response(exchange.id, headers)
-        response = failure.response(exchange.id, headers)
-        response.body = body
+        response = errors.upstream_error(answer.status).response(exchange.id, _retry_header(answer))
+        if _is_error_object(body):
+            response.body = body
         return response
 
-    async def _whole(
-        self, exchange: Exchange, quote: Quote, bound: Bound, answer: UpstreamAnswer
-    ) -> web.StreamResponse:
+    async def _whole(self, exchange: Exchange, quote: Quote, answer: UpstreamAnswer) -> web.StreamResponse:
         body = await answer.body(self._config.limits.response_bytes)
-        read = read_answer(body)
+        read = read_answer(body, quote.ask.operation)
         if read is None:
             log.warning("%s: the upstream's answer is not a JSON object", exchange.id)
             return self._fail(exchange, errors.upstream_unavailable())
-        if read.empty:
-            tokens = Tokens(0, 0)
-        elif read.usage is None:
-            tokens = billed_without_usage(quote.ask, bound, read.output_tokens)
-        else:
-            tokens = billed(read.usage, bound)
-        await self._settle(exchange, quote.model, tokens)
-        headers = self._credit_headers(exchange)
+        self._watch_overrun(exchange, quote, read.usage)
+        await self._settle(exchange, quote.model, read.tokens(quote.ask, quote.bound))
+        headers = credit_headers(exchange)
         return web.Response(body=body, headers={**headers, "Content-Type": _content_type(answer)})
 
     async def _stream(
-        self, exchange: Exchange, request: web.BaseRequest, ask: Ask, bound: Bound, answer: UpstreamAnswer
+        self, exchange: Exchange, request: web.BaseRequest, quote: Quote, answer: UpstreamAnswer
     ) -> web.StreamResponse:
-        model = self._config.models[ask.model]
-        events = EventStream(show_usage=ask.wants_usage, several_answers=bound.answers > 1)
-        response = web.StreamResponse(
+        events = EventStream(quote.ask, quote.bound)
+        response = exchange.response = web.StreamResponse(
             headers={
-                **self._credit_headers(exchange),
+                **credit_headers(exchange),
                 "Content-Type": _content_type(answer),
                 "Cache-Control": "no-cache",
                 "X-Accel-Buffering": "no",
@@ -295,18 +243,19 @@ class Proxy:
         )
         try:
             failure = await self._relay(exchange, request, response, events, answer)
+            self._watch_overrun(exchange, quote, events.usage)
             if failure is not None:
                 return await self._break_off(exchange, response, failure)
             if not events.failed:
-                await self._settle(exchange, model, _streamed_tokens(events, ask, bound))
+                await self._settle(exchange, quote.model, events.tokens(complete=True))
             if not response.prepared:
                 await response.prepare(request)
-            await _write(response, events.closing(_cost_fields(exchange.settlement)))
+            await _write(response, events.closing(cost_fields(exchange.settlement)))
             await response.write_eof()
         except (asyncio.CancelledError, ConnectionResetError):
             # The client hung up: leaving the block stops the upstream; what was sent is paid for.
-            if not exchange.ended and events.output_events and not events.failed:
-                await self._settle(exchange, model, _streamed_tokens(events, ask, bound))
+            if not exchange.ended and events.has_output and not events.failed:
+                await self._settle(exchange, quote.model, events.tokens(complete=False))
             raise
         return response
 
@@ -319,23 +268,38 @@ class Proxy:
         answer: UpstreamAnswer,
     ) -> Failure | None:
         """Pass events on until the stream's end; why it broke, or None if it came to its end."""
+        model = self._config.models[exchange.model_name]
+        total_s = self._config.upstreams[model.upstream].total_timeout_ms / 1000
         try:
-            async for chunk in answer.chunks():
-                block = events.feed(chunk)
-                if block:
-                    if not response.prepared:
-                        exchange.first_byte = time.perf_counter()
-                        await response.prepare(request)
-                    await _write(response, block)
-                if events.done:
-                    return None
+            # The upstream's own limit does not run while the client is slow to read; this one does.
+            async with asyncio.timeout(total_s):
+                async for chunk in answer.chunks():
+                    await self._hand_out(exchange, request, response, events.feed(chunk))
+                    if events.done:
+                        return None
+                await self._hand_out(exchange, request, response, events.end())
+        except (DeadlinePassed, TimeoutError, Overrun) as error:
+            log.warning("%s: the stream was cut: %s", exchange.id, error or "it took longer than total_timeout")
+            # No failure of the upstream's, which bills what it made: so is the client billed for what it got.
+            await self._settle(exchange, model, events.tokens(complete=False))
+            return errors.deadline_passed(charged=events.has_output)
         except (UpstreamError, BrokenStream) as error:
             log.warning("%s: the upstream's stream broke: %s", exchange.id, error)
             return _upstream_failure(error)
-        if events.failed:
+        if events.done or events.failed:
             return None
         log.warning("%s: the upstream's stream ended without [DONE]", exchange.id)
         return errors.upstream_unavailable()
+
+    async def _hand_out(
+        self, exchange: Exchange, request: web.BaseRequest, response: web.StreamResponse, block: bytes
+    ) -> None:
+        if not block:
+            return
+        if not response.prepared:
+            exchange.first_byte = time.perf_counter()
+            await response.prepare(request)
+        await _write(response, block)
 
     async def _break_off(
         self, exchange: Exchange, response: web.StreamResponse, failure: Failure
@@ -347,6 +311,12 @@ class Proxy:
         await _write(response, failure.event(exchange.id))
         await response.write_eof()
         return response
+
+    def _watch_overrun(self, exchange: Exchange, quote: Quote, usage: Usage | None) -> None:
+        """The customer pays no more than was reserved; what the operator may be billed beyond that is never silent."""
+        if usage is not None and exceeds(usage, quote.bound):
+            log.error("%s: %s reports %s, more than the bound %s", exchange.id, quote.model.name, usage, quote.bound)
+            self._metrics.overrun(quote.model.upstream)
 
     # --- settle -------------------------------------------------------------------------------------------------
 
@@ -361,26 +331,9 @@ class Proxy:
         except StoreError as error:
             # The engine goes on trying; the client has its answer and shall not lose it.
             log.warning("%s: the settlement is put off: %s", exchange.id, error)
+        except EngineError as error:
+            log.error("%s: the settlement is impossible: %s", exchange.id, error)
         self._spent(exchange, "settle", started)
-
-    def _credit_headers(self, exchange: Exchange) -> dict[str, str]:
-        reservation, settlement = exchange.reservation, exchange.settlement
-        assert reservation is not None
-        funds = reservation.reserved.funds
-        headers = {
-            "x-request-id": exchange.id,
-            "request-id": exchange.id,
-            "x-credits-reserved": format_credits(reservation.reserved.held_nano),
-            "x-credits-source": reservation.reserved.source,
-        }
-        if settlement is not None:
-            headers["x-credits-cost"] = format_credits(settlement.cost_nano)
-            if settlement.cost_nano:
-                headers["x-credits-source"] = settlement.source
-            funds = settlement.funds or funds
-        if exchange.max_tokens is not None:
-            headers["x-credits-max-tokens"] = str(exchange.max_tokens)
-        return headers | funds_headers(funds)
 
     # --- models -------------------------------------------------------------------------------------------------
 
@@ -457,36 +410,6 @@ async def _write(response: web.StreamResponse, block: bytes) -> None:
         raise ConnectionResetError("the client does not read") from None
 
 
-async def _read_body(request: web.BaseRequest, most_bytes: int) -> bytes | Failure:
-    if (request.content_length or 0) > most_bytes:
-        return errors.body_too_large(most_bytes)
-    if request.headers.get("Expect", "").lower() == "100-continue":
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-    parts, size = [], 0
-    try:
-        async for chunk in request.content.iter_any():
-            size += len(chunk)
-            if size > most_bytes:
-                return errors.body_too_large(most_bytes)
-            parts.append(chunk)
-    except (web.RequestPayloadError, HTTPException) as error:
-        return errors.invalid_body(InvalidRequest(f"it cannot be decoded: {error}"))
-    return b"".join(parts)
-
-
-def _forwarded_body(quote: Quote, max_tokens: int, *, may_ask_usage: bool) -> bytes:
-    """The body for the upstream: what was priced, its output limited to what is held, its usage asked for."""
-    ask, body = quote.ask, quote.body
-    if quote.bound.answers:
-        for name in ("max_tokens", "max_completion_tokens"):
-            if body.get(name) is not None or name == ask.limit_field:
-                body[name] = max_tokens
-    if ask.stream and may_ask_usage:
-        options = body.get("stream_options")
-        body["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
-    return orjson.dumps(body)
-
-
 def _upstream_failure(error: Exception) -> Failure:
     return errors.upstream_timeout() if isinstance(error, UpstreamTimeout) else errors.upstream_unavailable()
 
@@ -496,39 +419,15 @@ def _is_error_object(body: bytes) -> bool:
         document = orjson.loads(body)
     except orjson.JSONDecodeError:
         return False
-    return isinstance(document, dict) and isinstance(document.get("error"), dict)
+    error = document.get("error") if isinstance(document, dict) else None
+    return isinstance(error, dict) and isinstance(error.get("message"), str)
+
+
+def _retry_header(answer: UpstreamAnswer) -> dict[str, str]:
+    """The upstream's Retry-After, cut to a minute: some SDKs sleep however long it says."""
+    text = answer.headers.get("Retry-After", "")
+    return {"Retry-After": str(min(int(text), _MOST_RETRY_S))} if text.isascii() and text.isdigit() else {}
 
 
 def _content_type(answer: UpstreamAnswer) -> str:
     return answer.headers.get("Content-Type", "application/json")
-
-
-def _streamed_tokens(events: EventStream, ask: Ask, bound: Bound) -> Tokens:
-    """The tokens to charge for a stream as far as it went."""
-    if events.usage is None:
-        if not events.output_events:
-            return Tokens(0, 0)
-        return billed_without_usage(ask, bound, events.output_events)
-    tokens = billed(events.usage, bound)
-    if bound.answers > 1 and tokens.output < events.output_events:
-        # Of several answers some servers report one; each event with output is a token at least.
-        counted = min(events.output_events, bound.tokens(bound.output_tokens_each).output)
-        return Tokens(tokens.input, counted, tokens.cache_read)
-    return tokens
-
-
-def _cost_fields(settlement: Settlement | None) -> Mapping[str, object] | None:
-    """What the final usage event says of the cost."""
-    if settlement is None or settlement.funds is None:
-        return None
-    funds = settlement.funds
-    return {
-        "cost": orjson.Fragment(format_credits(settlement.cost_nano)),
-        "credits": {
-            "cost": format_credits(settlement.cost_nano),
-            "source": settlement.source,
-            "allowance_remaining": format_credits(funds.allowance_remaining_nano),
-            "allowance_resets_at": None if funds.resets_at_ms is None else rfc3339(funds.resets_at_ms),
-            "balance": format_credits(funds.balance_nano),
-        },
-    }

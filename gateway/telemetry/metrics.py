@@ -153,6 +153,15 @@ class Metrics:
                 registry=registry,
             )
         )
+        self._overruns = _Children(
+            Counter(
+                "quota_gateway_upstream_overruns",
+                "Answers for which an upstream reports more usage than it was allowed; customers are not charged for "
+                "the excess, the operator may be. Unit: answers.",
+                ("upstream",),
+                registry=registry,
+            )
+        )
         self._config_reloaded = Gauge(
             "quota_gateway_config_last_reload_successful",
             "1 when the configuration was last read without mistakes, 0 when the one before it stayed in force.",
@@ -239,6 +248,10 @@ class Metrics:
     def upstream_ended(self, upstream: str) -> None:
         """Count a request out that upstream_started counted in."""
         self._upstream_inflight[(upstream,)].dec()
+
+    def overrun(self, upstream: str) -> None:
+        """Count an answer for which upstream reports more usage than it was allowed."""
+        self._overruns[(upstream,)].inc()
 
     def watch_reservations_open(self, count: Callable[[], float]) -> None:
         """Take the number of open reservations from count at every scrape. count must be quick and not raise."""

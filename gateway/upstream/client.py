@@ -2,7 +2,8 @@
 
 UpstreamError
 ├── UpstreamUnavailable   no connection, or it broke
-└── UpstreamTimeout       the request was sent and no answer came in time
+└── UpstreamTimeout       the request was sent and no answer came, or it did not go on, in time
+    └── DeadlinePassed    the answer took longer than the gateway lets any take
 """
 
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -32,6 +33,10 @@ class UpstreamUnavailable(UpstreamError):
 
 class UpstreamTimeout(UpstreamError):
     """The request was sent and the answer did not come, or did not go on, in time."""
+
+
+class DeadlinePassed(UpstreamTimeout):
+    """The answer took longer than the gateway lets any take; the upstream itself did not fail."""
 
 
 class UpstreamAnswer:
@@ -130,7 +135,9 @@ def _mapped_errors() -> Iterator[None]:
         yield
     except aiohttp.ConnectionTimeoutError as error:
         raise UpstreamUnavailable("connecting took too long") from error
+    except aiohttp.ServerTimeoutError as error:
+        raise UpstreamTimeout("nothing came in time") from error
     except TimeoutError as error:
-        raise UpstreamTimeout("no answer in time") from error
+        raise DeadlinePassed("the answer took longer than total_timeout") from error
     except (aiohttp.ClientError, OSError, ValueError) as error:
         raise UpstreamUnavailable(str(error) or type(error).__name__) from error

@@ -1,80 +1,130 @@
 """Server-sent events of the OpenAI APIs, passed on as they come.
 
-Nothing is parsed but the few events that hold a usage. What a client may see is handed out at once, in whole
-events, except the latest report of usage: it waits for the event behind it, because only the one before ``[DONE]``
-gets the cost written in.
+Nothing is parsed but the few events that hold a usage or an error. What a client may see is handed out at once, in
+whole events, except the latest report of usage: it waits for the event behind it, because only the one before
+``[DONE]`` gets the cost written in.
 """
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import orjson
 
-from gateway.upstream.usage import Usage, read_usage
+from gateway.domain.price import Tokens
+from gateway.domain.request import BYTES_PER_TOKEN, Ask, Bound
+from gateway.upstream.usage import Usage, billed, billed_without_usage, read_usage
 
 # In JSON text a quoted word cannot stand inside a string unescaped, so these match fields and never content.
 _USAGE = re.compile(rb'"usage"\s*:\s*\{')
-_FINISHED = re.compile(rb'"choices"\s*:\s*\[\s*\]|"finish_reason"\s*:\s*"')
-_ERROR = re.compile(rb'^data:\s*\{\s*"(error|object"\s*:\s*"error)"', re.MULTILINE)
-_OUTPUT = re.compile(rb'"(?:content|reasoning_content|reasoning|refusal|arguments|text)"\s*:\s*"(?!")')
+_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
+# Where output stands in a chunk, by API. Some servers send reasoning under both of its names.
+_STRING = rb'\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"'
+_TEXT_OUTPUT = re.compile(rb'"text"' + _STRING)
+_CHAT_OUTPUT = re.compile(rb'"(?:content|reasoning|refusal|arguments|name|input)"' + _STRING)
+_CHAT_OUTPUT_OLD = re.compile(rb'"(?:content|reasoning_content|refusal|arguments|name|input)"' + _STRING)
 _DONE = re.compile(rb"^data:\s*\[DONE\]", re.MULTILINE)
 _EVENT_END = re.compile(rb"\r?\n\r?\n|\r\r")
 
 #: The largest single event that is held until it is complete.
 MAX_EVENT_BYTES = 16 * 2**20
 
+# Events are not quite tokens: only a stream that runs far beyond its limit is cut.
+_SPARE_EVENTS = 64
+
 
 class BrokenStream(Exception):
     """The upstream's stream is none: an event without end."""
 
 
-class EventStream:
-    """Follows one stream. After ``done``, ``closing`` gives the events that end it.
+class Overrun(Exception):
+    """The upstream does not stop: far more output than it was asked for."""
 
-    usage: the latest report, None so far. output_events: events with output handed out, about one token each.
+
+class EventStream:
+    """Follows the stream that answers ask within bound. After ``done``, ``closing`` gives the events that end it.
+
     failed: the upstream sent an error as an event.
     """
 
-    def __init__(self, *, show_usage: bool, several_answers: bool) -> None:
-        self._show_usage = show_usage
-        self._several_answers = several_answers
+    def __init__(self, ask: Ask, bound: Bound) -> None:
+        self._ask = ask
+        self._bound = bound
         self._partial = b""
         self._held = b""
         self._tail = b""
+        self._usage: Usage | None = None
+        self._usage_is_final = False
         self._summed: Usage | None = None
-        self.usage: Usage | None = None
-        self.output_events = 0
+        self._output_events = 0
+        self._output_bytes = 0
         self.done = False
         self.failed = False
 
+    @property
+    def usage(self) -> Usage | None:
+        """The latest report."""
+        return self._usage
+
+    @property
+    def has_output(self) -> bool:
+        """Whether the client was handed anything to pay for."""
+        return self._output_events > 0
+
     def feed(self, chunk: bytes) -> bytes:
-        """Take bytes as they came; the bytes that the client may have now. Raises BrokenStream."""
+        """Take bytes as they came; the bytes that the client may have now. Raises BrokenStream, Overrun."""
         data = self._partial + chunk if self._partial else chunk
-        end = self._end_of_events(data)
+        end = _end_of_events(data)
         self._partial = data[end:]
         if len(self._partial) > MAX_EVENT_BYTES:
             raise BrokenStream(f"an event of more than {MAX_EVENT_BYTES} bytes")
-        block = data if end == len(data) else data[:end]
-        if not block or self.done:
-            return b""
-        if self._held or b"usage" in block or b"[DONE]" in block or b"error" in block:
-            block = b"".join(self._follow(event) for event in _split(block))
-        self.output_events += len(_OUTPUT.findall(block))
-        return block
+        return self._pass_on(data if end == len(data) else data[:end])
+
+    def end(self) -> bytes:
+        """The upstream closed the connection: what is left counts as an event, even without its blank line."""
+        left, self._partial = self._partial, b""
+        return self._pass_on(left)
 
     def closing(self, cost: Mapping[str, object] | None) -> bytes:
         """The end of the stream: the last usage, with cost's fields where the client asked for it, and ``[DONE]``."""
         held = self._held
-        if held and cost is not None and self._show_usage:
+        if held and cost is not None and self._ask.wants_usage:
             held = _with_cost(held, cost)
         return held + self._tail
 
-    @staticmethod
-    def _end_of_events(data: bytes) -> int:
-        if data.endswith(b"\n\n"):
-            return len(data)
-        ends = [data.rfind(mark) + len(mark) for mark in (b"\n\n", b"\n\r\n", b"\r\r") if mark in data]
-        return max(ends, default=0)
+    def tokens(self, *, complete: bool) -> Tokens:
+        """The tokens to charge for the stream as far as it went; complete: to its end."""
+        usage = self._usage
+        if not self.has_output and not (usage and usage.reasoning_tokens):
+            return Tokens(0, 0)
+        counted = max(self._output_events, -(-self._output_bytes // BYTES_PER_TOKEN))
+        if usage is None:
+            return billed_without_usage(self._ask, self._bound, counted)
+        least = 0
+        if not (complete and self._usage_is_final):
+            least = counted  # the usage may be that of an earlier moment
+        elif self._bound.answers > 1:
+            least = self._output_events  # some servers report one answer of several; an event is a token at least
+        return billed(usage, self._ask, self._bound, least)
+
+    def _pass_on(self, block: bytes) -> bytes:
+        if not block or self.done:
+            return b""
+        if self._held or b"usage" in block or b"[DONE]" in block or b'"error"' in block:
+            block = b"".join([self._follow(event) for event in _split(block)])
+        for text in self._outputs(block):
+            if text:
+                self._output_events += 1
+                self._output_bytes += len(text)
+        if self._output_events > 2 * self._bound.tokens(self._bound.output_tokens_each).output + _SPARE_EVENTS:
+            raise Overrun("the upstream sends more output than it was asked for")
+        return block
+
+    def _outputs(self, block: bytes) -> list[bytes]:
+        if self._ask.operation != "chat":
+            return _TEXT_OUTPUT.findall(block)
+        old = b'"reasoning_content"' in block and b'"reasoning"' not in block
+        return (_CHAT_OUTPUT_OLD if old else _CHAT_OUTPUT).findall(block)
 
     def _follow(self, event: bytes) -> bytes:
         """What to hand out when event has come, which may hold usage or be the last."""
@@ -85,29 +135,41 @@ class EventStream:
             self._tail = event
             return b""
         released, self._held = self._held, b""
-        if _USAGE.search(event) and self._read(event):
-            return released
-        if _ERROR.search(event):
-            self.failed = True
+        if _USAGE.search(event) or b'"error"' in event:
+            document = _json_of(event)
+            if isinstance(document, dict) and self._read(document, event):
+                return released
         return released + event
 
-    def _read(self, event: bytes) -> bool:
-        """Take the event's usage; whether the event is not handed out, or not yet."""
-        document = _json_of(event)
-        if not isinstance(document, dict):
+    def _read(self, document: dict[str, Any], event: bytes) -> bool:
+        """Take an event that may hold usage or an error; whether it is not handed out, or not yet."""
+        if document.get("error") or document.get("object") == "error":
+            self.failed = True
             return False
+        usage = read_usage(document.get("usage"), self._ask.operation)
         usage_only = document.get("choices") == []
-        if (usage := read_usage(document.get("usage"))) is not None:
-            if usage_only and self._several_answers:
-                # llama.cpp reports each answer of n > 1 by itself; others send one report of all.
-                self._summed = usage = usage if self._summed is None else self._summed.plus_output(usage)
-            self.usage = usage
-        if usage_only and not self._show_usage:
+        if usage is not None:
+            self._usage_is_final = usage_only or _FINISHED.search(event) is not None
+            self._usage = self._sum(usage) if usage_only and self._bound.answers > 1 else usage
+        if usage_only and not self._ask.wants_usage:
             return True
-        if usage is not None and _FINISHED.search(event):
+        if usage is not None and self._usage_is_final:
             self._held = event
             return True
         return False
+
+    def _sum(self, usage: Usage) -> Usage:
+        # llama.cpp reports each answer of n > 1 by itself; others send one report of all.
+        same_prompt = self._ask.prompts == 1
+        self._summed = usage if self._summed is None else self._summed.plus(usage, same_prompt=same_prompt)
+        return self._summed
+
+
+def _end_of_events(data: bytes) -> int:
+    if data.endswith(b"\n\n"):
+        return len(data)
+    ends = [data.rfind(mark) + len(mark) for mark in (b"\n\n", b"\n\r\n", b"\r\r") if mark in data]
+    return max(ends, default=0)
 
 
 def _split(block: bytes) -> list[bytes]:
@@ -132,4 +194,7 @@ def _with_cost(event: bytes, cost: Mapping[str, object]) -> bytes:
     document = _json_of(event)
     assert isinstance(document, dict)  # it was read when it came
     document["usage"] = {**document["usage"], **cost}
-    return b"data: " + orjson.dumps(document) + b"\n\n"
+    try:
+        return b"data: " + orjson.dumps(document) + b"\n\n"
+    except orjson.JSONEncodeError:  # nested deeper than the library writes: the client gets it as it came
+        return event

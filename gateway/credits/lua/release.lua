@@ -1,8 +1,9 @@
 #!lua
---[[ release: end a reservation without a cost, as void (at once) or as expire (only if its lease has run out).
+--[[ release: end a reservation without a cost: void (by whoever made it), expire (only if its lease has run out) or
+abandon (whoever made it is known to be gone; otherwise like expire).
 
 KEYS  1 account hash   2 shard's records   3 shard's due set   4 shard's ledger
-ARGV  1 account   2 reservation id   3 'void' or 'expire'
+ARGV  1 account   2 reservation id   3 'void', 'expire' or 'abandon'
 Returns {'settled' | 'voided' | 'expired', id, from allowance, from balance, written off, repeated (0/1)}
         {'open', lease's end (ms)}: expire came too early
         {'unknown_account'} | {'unknown_reservation'}

@@ -1,0 +1,86 @@
+"""One request on its way through the proxy, and what its answer says about credits."""
+
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import orjson
+from aiohttp import web
+
+from gateway.credits.service import Identity, Reservation
+from gateway.domain.decision import Settlement
+from gateway.domain.money import format_credits
+from gateway.domain.price import Tokens
+from gateway.domain.request import Ask
+from gateway.http.errors import funds_headers, rfc3339
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request as it goes through, for its answer's headers, its log line and its metrics."""
+
+    number: str = field(default_factory=lambda: secrets.token_hex(12))
+    started: float = field(default_factory=time.perf_counter)
+    identity: Identity | None = None
+    ask: Ask | None = None
+    reservation: Reservation | None = None
+    ended: bool = False
+    settlement: Settlement | None = None
+    tokens: Tokens = field(default_factory=lambda: Tokens(0, 0))
+    max_tokens: int | None = None
+    decision: str = "none"
+    reason: str | None = None
+    status: int = 499
+    response: web.StreamResponse | None = None
+    overhead_s: float = 0.0
+    first_byte: float | None = None
+
+    @property
+    def id(self) -> str:
+        """What x-request-id says."""
+        return f"req_{self.number}"
+
+    @property
+    def model_name(self) -> str:
+        """The model asked for; once a quote was made."""
+        assert self.ask is not None
+        return self.ask.model
+
+
+def credit_headers(exchange: Exchange) -> dict[str, str]:
+    """What was held and charged, and what is left."""
+    reservation, settlement = exchange.reservation, exchange.settlement
+    assert reservation is not None
+    funds = reservation.reserved.funds
+    headers = {
+        "x-request-id": exchange.id,
+        "request-id": exchange.id,
+        "x-credits-reserved": format_credits(reservation.reserved.held_nano),
+        "x-credits-source": reservation.reserved.source,
+    }
+    if settlement is not None:
+        headers["x-credits-cost"] = format_credits(settlement.cost_nano)
+        if settlement.cost_nano:
+            headers["x-credits-source"] = settlement.source
+        funds = settlement.funds or funds
+    if exchange.max_tokens is not None:
+        headers["x-credits-max-tokens"] = str(exchange.max_tokens)
+    return headers | funds_headers(funds)
+
+
+def cost_fields(settlement: Settlement | None) -> Mapping[str, object] | None:
+    """What the final usage event says of the cost."""
+    if settlement is None or settlement.funds is None:
+        return None
+    funds = settlement.funds
+    return {
+        "cost": orjson.Fragment(format_credits(settlement.cost_nano)),
+        "credits": {
+            "cost": format_credits(settlement.cost_nano),
+            "source": settlement.source,
+            "allowance_remaining": format_credits(funds.allowance_remaining_nano),
+            "allowance_resets_at": None if funds.resets_at_ms is None else rfc3339(funds.resets_at_ms),
+            "balance": format_credits(funds.balance_nano),
+        },
+    }
