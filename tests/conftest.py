@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from gateway.credits import scripts
 from gateway.credits.operator import Operator
@@ -28,6 +29,10 @@ PLANS = {
         Plan("payg", None),
     )
 }
+
+# How long an example takes says nothing about it on a busy machine; and no failure may depend on earlier runs.
+settings.register_profile("suite", deadline=None, database=None)
+settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

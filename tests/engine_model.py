@@ -238,7 +238,7 @@ class EngineModel:
         )  # fmt: skip
         return replace(_settlement(reservation, hold, False), funds=self._funds_after(account, plan))
 
-    def release(self, name: str, reservation: str, verb: Literal["void", "expire"]) -> Settlement | None:
+    def release(self, name: str, reservation: str, verb: Literal["void", "expire", "abandon"]) -> Settlement | None:
         """End without a cost."""
         account = self._account(name)
         hold = self._hold(name, reservation)

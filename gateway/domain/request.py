@@ -73,8 +73,9 @@ class Ask:
     """What a request asks for.
 
     input_bytes: UTF-8 bytes of its JSON, an upper bound of its text's tokens; None where it holds something other
-    than text. template_bytes: what a chat template may make more of it. least_input_tokens: what its prompts cannot be less than, where there are several. prompts: how many
-    inputs; completions: answers per prompt. max_tokens: most output tokens per answer that the client named.
+    than text. template_bytes: what a chat template may make more of it. prompts: how many inputs;
+    least_input_tokens: what several cannot be less than. completions: answers per prompt. max_tokens: most output
+    tokens per answer that the client named.
     """
 
     operation: Operation

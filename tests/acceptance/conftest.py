@@ -41,7 +41,7 @@ class HeldUpstream:
     def __init__(self) -> None:
         self.base_url = ""
         self.prompt_tokens, self.completion_tokens = 20, 10
-        self.models: list[dict[str, Any]] = []
+        self.models: list[Any] = []
         self.models_status = 200
         self.requests: list[dict[str, Any]] = []
         self._arrived = asyncio.Condition()
@@ -160,9 +160,18 @@ def chat_body(max_tokens: int | None = 100, *, stream: bool = False) -> bytes:
     return json.dumps(body).encode()
 
 
+def input_bound(body: bytes) -> int:
+    """The most input tokens that a request can have: a byte of its JSON, without spaces and without what limits its
+    output or reports on it, is a token at most; and the template."""
+    document = json.loads(body)
+    for name in ("max_tokens", "max_completion_tokens", "stream_options"):
+        document.pop(name, None)
+    return len(json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()) + TEMPLATE_TOKENS
+
+
 def hold_of(body: bytes, max_tokens: int) -> Decimal:
-    """What a request must hold to be admitted with max_tokens: each byte a token, and the template."""
-    return cost_of(len(body) + TEMPLATE_TOKENS, max_tokens)
+    """What a request must hold to be admitted with max_tokens."""
+    return cost_of(input_bound(body), max_tokens)
 
 
 async def ask(

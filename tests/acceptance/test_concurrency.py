@@ -14,14 +14,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.acceptance.conftest import (
     MODEL,
     NOON,
-    TEMPLATE_TOKENS,
     Answer,
     Funds,
     HeldUpstream,
     ask,
+    at,
     chat_body,
     funds_of,
     hold_of,
+    input_bound,
     new_account,
 )
 from tests.gateway_process import Gateway, cost_of, gateway_config, running_gateway
@@ -110,7 +111,7 @@ async def test_a_burst_that_is_answered_at_once_never_spends_more_than_there_is(
 
 
 def use_everything_held(upstream: HeldUpstream) -> None:
-    upstream.prompt_tokens, upstream.completion_tokens = len(BODY) + TEMPLATE_TOKENS, MAX_TOKENS
+    upstream.prompt_tokens, upstream.completion_tokens = input_bound(BODY), MAX_TOKENS
     assert upstream.cost == HOLD
 
 
@@ -128,13 +129,13 @@ async def test_a_spent_allowance_is_refused_until_its_refresh(
     session: aiohttp.ClientSession, gateway: Gateway, upstream: HeldUpstream, clock: MovableClock
 ) -> None:
     await spend_the_allowance(session, gateway, upstream)
-    clock.freeze_at(round(NOON.timestamp() * 1000))
+    clock.freeze_at(at(NOON) + 3_600_000)
     (answer,) = await asyncio.gather(*await ask_at_once(session, gateway, 1))
     assert (answer.status, answer.error["type"]) == (429, "usage_limit_reached")
     assert answer.error["code"] == "insufficient_quota"
     assert answer.error["resets_at"] == NOON.timestamp() + 12 * 3600
     assert MIDNIGHT in answer.error["message"]
-    assert (answer.headers["Retry-After"], answer.headers["x-should-retry"]) == ("43200", "false")
+    assert (answer.headers["Retry-After"], answer.headers["x-should-retry"]) == ("39600", "false")
     assert answer.headers["x-credits-allowance-resets-at"] == MIDNIGHT
     assert answer.headers["x-request-id"] == answer.headers["request-id"] == answer.document["request_id"]
     assert answer.document["type"] == "error"
@@ -193,7 +194,7 @@ async def test_without_a_refresh_an_empty_account_is_asked_to_pay(
 async def test_a_request_dearer_than_what_is_left_says_what_can_be_had(
     session: aiohttp.ClientSession, gateway: Gateway, upstream: HeldUpstream
 ) -> None:
-    key = new_account(gateway, "poor", "prepaid", grant=cost_of(len(BODY) + TEMPLATE_TOKENS, 5))
+    key = new_account(gateway, "poor", "prepaid", grant=cost_of(input_bound(BODY), 5))
     answer = await ask(session, gateway, key, BODY)
     assert (answer.status, answer.error["type"]) == (402, "insufficient_quota")
     assert answer.error["code"] == "request_exceeds_balance"

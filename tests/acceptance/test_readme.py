@@ -136,7 +136,9 @@ def test_the_first_command_serves_from_a_fresh_copy(tmp_path: Path) -> None:
     command = block("command: install and serve") + " --listen 127.0.0.1:0 --admin-listen 127.0.0.1:0"
     environment = {**os.environ, "IONET_API_KEY": ""}
     with (tmp_path / "out").open("wb") as out:
-        shell = subprocess.Popen(["bash", "-c", f"exec 2>&1; {command}"], cwd=tmp_path, stdout=out, env=environment, start_new_session=True)
+        shell = subprocess.Popen(
+            ["bash", "-c", f"exec 2>&1; {command}"], cwd=tmp_path, stdout=out, env=environment, start_new_session=True
+        )
     try:
         deadline = time.monotonic() + 110
         while "try it" not in (tmp_path / "out").read_text() and time.monotonic() < deadline and shell.poll() is None:

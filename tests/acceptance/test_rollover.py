@@ -11,6 +11,7 @@ import pytest
 
 from tests.acceptance.conftest import (
     MODEL,
+    NOON,
     Answer,
     HeldUpstream,
     ask,
@@ -18,6 +19,7 @@ from tests.acceptance.conftest import (
     chat_body,
     funds_of,
     hold_of,
+    input_bound,
     new_account,
 )
 from tests.gateway_process import Gateway, cost_of, gateway_config, running_gateway
@@ -28,9 +30,10 @@ BODY = chat_body(MAX_TOKENS)
 STREAM = chat_body(MAX_TOKENS, stream=True)
 HOLD = hold_of(BODY, MAX_TOKENS)
 STREAM_HOLD = hold_of(STREAM, MAX_TOKENS)
-#: Pays most of a request's hold, so that the balance holds the rest; enough for less than the least request twice.
-ALLOWANCE = cost_of(100, 80)
+#: Pays for 70 of a request's 100 tokens, so that the balance holds the rest.
+ALLOWANCE = hold_of(BODY, 70)
 BALANCE = Decimal("0.001")
+#: So near to midnight that the lease of a request in flight lasts beyond it.
 EVENING = datetime(2026, 11, 23, 23, 50, tzinfo=UTC)
 MIDNIGHT = datetime(2026, 11, 24, tzinfo=UTC)
 
@@ -40,7 +43,6 @@ async def gateway(upstream: HeldUpstream, tmp_path: Path, clock: MovableClock) -
     config = gateway_config(upstream.base_url, [MODEL])
     config["plans"]["standard"]["allowance"]["per_window"] = str(ALLOWANCE)
     with running_gateway(config, data_dir=tmp_path / "data", clock=clock) as gateway:
-        clock.set_to(EVENING)
         yield gateway
 
 
@@ -50,12 +52,12 @@ async def ask_default(session: aiohttp.ClientSession, gateway: Gateway, body: by
 
 
 async def spend_the_allowance(session: aiohttp.ClientSession, gateway: Gateway, upstream: HeldUpstream) -> None:
-    """Use all of the current window's allowance, to the nano-credit or to less than any request needs."""
+    """Use all of the current window's allowance, to the nano-credit."""
     given, made = upstream.prompt_tokens, upstream.completion_tokens
-    upstream.prompt_tokens, upstream.completion_tokens = 100, 80
-    body = chat_body(82)  # the bound is a little above what the allowance pays: all of it is held
-    answer = await ask_default(session, gateway, body)
+    upstream.prompt_tokens, upstream.completion_tokens = input_bound(BODY), 70
+    answer = await ask_default(session, gateway)
     assert (answer.status, answer.cost, answer.source) == (200, ALLOWANCE, "allowance")
+    assert answer.headers["x-credits-max-tokens"] == "70"
     assert Decimal(answer.headers["x-credits-allowance-remaining"]) == 0
     upstream.prompt_tokens, upstream.completion_tokens = given, made
 
@@ -68,6 +70,7 @@ async def test_a_stream_across_a_refresh_is_paid_by_the_window_it_began_in(
     clock: MovableClock,
     completion_tokens: int,
 ) -> None:
+    clock.set_to(EVENING)
     gateway.cli("credits", "grant", "default", str(BALANCE))
     upstream.completion_tokens = completion_tokens
     upstream.hold()
@@ -99,9 +102,32 @@ async def test_a_stream_across_a_refresh_is_paid_by_the_window_it_began_in(
     assert gateway.cli("reservations", "list") == {"data": []}
 
 
+async def test_an_answer_that_outlives_its_lease_is_paid_for_once(
+    session: aiohttp.ClientSession, gateway: Gateway, upstream: HeldUpstream, clock: MovableClock
+) -> None:
+    upstream.hold()
+    late = asyncio.create_task(ask_default(session, gateway))
+    await upstream.wait_for_requests(1)
+    (listed,) = gateway.cli("reservations", "list", "default")["data"]
+    assert Decimal(listed["held"]) == funds_of(gateway).held == ALLOWANCE
+
+    clock.set_to(datetime.fromisoformat(listed["lease_expires_at"]) + timedelta(seconds=1))
+    async with asyncio.timeout(20):
+        while gateway.cli("reservations", "list", "default")["data"]:
+            await asyncio.sleep(0.1)
+    assert funds_of(gateway).remaining == ALLOWANCE
+
+    upstream.release()
+    answer = await late
+    assert (answer.status, answer.cost) == (200, upstream.cost)
+    funds = funds_of(gateway)
+    assert (funds.used, funds.held, funds.remaining) == (upstream.cost, 0, ALLOWANCE - upstream.cost)
+
+
 async def test_requests_of_the_new_window_do_not_meet_the_old_ones_hold(
     session: aiohttp.ClientSession, gateway: Gateway, upstream: HeldUpstream, clock: MovableClock
 ) -> None:
+    clock.set_to(EVENING)
     upstream.hold()
     stream = asyncio.create_task(ask_default(session, gateway, STREAM))
     await upstream.wait_for_requests(1)
@@ -122,15 +148,15 @@ async def test_requests_of_the_new_window_do_not_meet_the_old_ones_hold(
 async def test_a_refusal_names_the_refresh_and_ends_with_it(
     session: aiohttp.ClientSession, gateway: Gateway, upstream: HeldUpstream, clock: MovableClock
 ) -> None:
-    clock.set_to(EVENING - timedelta(hours=12))
     await spend_the_allowance(session, gateway, upstream)
 
-    clock.freeze_at(at(datetime(2026, 11, 23, 12, 0, tzinfo=UTC)))
+    # An hour later than it has been: an account's time never runs backwards.
+    clock.freeze_at(at(NOON + timedelta(hours=1)))
     noon = await ask_default(session, gateway)
     assert (noon.status, noon.error["type"], noon.error["code"]) == (429, "usage_limit_reached", "insufficient_quota")
     assert "2026-11-24T00:00:00Z" in noon.error["message"]
     assert noon.error["resets_at"] == MIDNIGHT.timestamp()
-    assert (noon.headers["Retry-After"], noon.headers["x-should-retry"]) == ("43200", "false")
+    assert (noon.headers["Retry-After"], noon.headers["x-should-retry"]) == ("39600", "false")
 
     clock.freeze_at(at(datetime(2026, 11, 23, 23, 59, 30, tzinfo=UTC)) + 250)
     late = await ask_default(session, gateway)

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import count
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -41,6 +41,7 @@ PLANS = {
         Plan("hourly", Allowance("per_window", 7, HOUR_MS)),
         Plan("odd", Allowance("monthly", 1_000_000_007, HOUR_MS), rate_ppm=333_333, payg=False),
         Plan("huge", Allowance("monthly", MAX_NANO, 8 * HOUR_MS), rate_ppm=900_001),
+        Plan("closed", Allowance("per_window", 1_000_003, 12 * HOUR_MS), payg=False),
         Plan("payg", None),
     )
 }
@@ -96,7 +97,7 @@ LEASES_MS = st.sampled_from([0, 1, 60_000, HOUR_MS, 2 * DAY_MS, 2 * DAY_MS])
 BACK = st.sampled_from([0, 0, 0, 0, 1, 1, 1, 2, 2, 3, 5, 8])
 OPERATION_BACK = st.sampled_from([None, None, None, 0, 1, 2])
 
-Verb = Literal["void", "expire"]
+Verb = Literal["void", "expire", "abandon"]
 CreditKind = Literal["grant", "refund"]
 
 
@@ -158,7 +159,7 @@ class EngineMachine(RuleBasedStateMachine):
     @initialize(
         start=st.sampled_from(STARTS),
         plans=st.lists(st.sampled_from(sorted(PLANS)), min_size=len(ACCOUNTS), max_size=len(ACCOUNTS)),
-        balance=st.sampled_from([0, 1, 40_000_000, 10**9, MAX_NANO]),
+        balance=st.sampled_from([0, 0, 1, 40_000_000, 10**9, MAX_NANO]),
     )
     def open_accounts(self, start: int, plans: list[str], balance: int) -> None:
         self._set_clock(start)
@@ -178,7 +179,7 @@ class EngineMachine(RuleBasedStateMachine):
         name=NAMES,
         amount=AMOUNTS,
         skew_ms=st.sampled_from([0, 60_000, -60_000, 60_001, -60_001]),
-        key=st.sampled_from(["", "good", "bad"]),
+        key=st.sampled_from(["", "", "good", "bad"]),
         plan=st.sampled_from(["", "", *PLANS]),
     )
     def reserve_oddly(self, name: str, amount: tuple[str, int], skew_ms: int, key: str, plan: str) -> None:
@@ -201,18 +202,39 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(backs=st.lists(BACK, min_size=1, max_size=2), amount=AMOUNTS)
     def settle(self, backs: list[int], amount: tuple[str, int]) -> None:
         for back in backs:
-            made = self._made(back)
+            made = self._open(back)
             self._settle(made, made.account, *amount)
 
     @precondition(lambda self: self.made)
-    @rule(back=BACK, name=st.sampled_from([*ACCOUNTS, NOBODY]))
-    def settle_as(self, back: int, name: str) -> None:
-        self._settle(self._made(back), name, "hold", 0)
+    @rule(back=BACK, name=st.sampled_from([None, *ACCOUNTS, NOBODY]))
+    def settle_again_or_as_another(self, back: int, name: str | None) -> None:
+        made = self._made(back)
+        self._settle(made, name or made.account, "hold", 0)
+
+    @precondition(lambda self: self._has_open())
+    @rule(
+        later_ms=st.sampled_from([0, 0, 1, HOUR_MS, DAY_MS, 29 * DAY_MS]),
+        amount=AMOUNTS,
+        back=BACK,
+        cost=AMOUNTS,
+        plan=st.sampled_from([None, None, *PLANS]),
+    )
+    def settle_in_a_later_window(
+        self, later_ms: int, amount: tuple[str, int], back: int, cost: tuple[str, int], plan: str | None
+    ) -> None:
+        """What is open is settled after another reservation, or a change of plan, has opened the next window."""
+        made = self._open(back)
+        name = made.account
+        self._set_clock(max(self.model.now_ms, self.model.accounts[name].window.end_ms) + later_ms)
+        if plan:
+            self._set_plan(name, self._operation(None), 0, plan)
+        self._reserve(self._new(name, self._plan_of(name), *amount), lease_ms=2 * DAY_MS)
+        self._settle(made, name, *cost)
 
     @precondition(lambda self: self.made)
     @rule(
         back=BACK,
-        verb=st.sampled_from(["void", "expire", "expire", "expire"]),
+        verb=st.sampled_from(["void", "abandon", "expire", "expire", "expire"]),
         at_end=st.sampled_from([None, -1, 0, 0]),
     )
     def release(self, back: int, verb: Verb, at_end: int | None) -> None:
@@ -248,15 +270,18 @@ class EngineMachine(RuleBasedStateMachine):
         plan=st.sampled_from(sorted(PLANS)),
         version=st.sampled_from(["next", "next", "next", "newer", "same", "first"]),
         back=OPERATION_BACK,
+        settled=st.none() | st.tuples(BACK, AMOUNTS),
     )
-    def set_plan(self, name: str, plan: str, version: str, back: int | None) -> None:
+    def set_plan(
+        self, name: str, plan: str, version: str, back: int | None, settled: tuple[int, tuple[str, int]] | None
+    ) -> None:
+        """Perhaps with a settlement right after it: what was held under the old plan stays held."""
         now_at = self.model.accounts[name].plan_version if name in self.model.accounts else 0
         number = {"next": 0, "newer": now_at + 3, "same": now_at, "first": 1}[version]
-        operation = self._operation(back)
-        self.both(
-            scripts.set_plan(self.store, name, operation, number, PLANS[plan]),
-            lambda: self.model.set_plan(name, operation, number, PLANS[plan]),
-        )
+        self._set_plan(name, self._operation(back), number, plan)
+        if settled and self._has_open():
+            made = self._open(settled[0])
+            self._settle(made, made.account, *settled[1])
 
     @rule(
         name=NAMES, what=st.sampled_from(["show", "show", "show", "create", "key"]), plan=st.sampled_from(sorted(PLANS))
@@ -319,6 +344,14 @@ class EngineMachine(RuleBasedStateMachine):
     def _made(self, back: int) -> Made:
         return self.made[-1 - back % len(self.made)]
 
+    def _has_open(self) -> bool:
+        return any(hold.state == "open" for hold in self.model.holds.values())
+
+    def _open(self, back: int) -> Made:
+        """One that is still open, if there is any."""
+        still = [made for made in self.made if (hold := self._hold(made)) and hold.state == "open"]
+        return still[-1 - back % len(still)] if still else self._made(back)
+
     def _hold(self, made: Made) -> Hold | None:
         return self.model.holds.get((shard_of(made.account), made.id))
 
@@ -376,6 +409,12 @@ class EngineMachine(RuleBasedStateMachine):
         self.both(
             scripts.credit(self.store, name, operation, kind, amount, "why"),
             lambda: self.model.credit(name, operation, kind, amount, "why"),
+        )
+
+    def _set_plan(self, name: str, operation: str, version: int, plan: str) -> None:
+        self.both(
+            scripts.set_plan(self.store, name, operation, version, PLANS[plan]),
+            lambda: self.model.set_plan(name, operation, version, PLANS[plan]),
         )
 
     def _turn_key(self, name: str) -> None:
@@ -436,21 +475,20 @@ def _outcome(call: Callable[[], T]) -> T | EngineError:
 
 def _run(valkey: TimedServer, examples: int, steps: int, *, derandomize: bool) -> None:
     run_state_machine_as_test(
-        lambda: EngineMachine(valkey),
+        cast(type[RuleBasedStateMachine], lambda: EngineMachine(valkey)),  # it only calls it
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,
             derandomize=derandomize,
-            deadline=None,
-            database=None,
             print_blob=True,
             suppress_health_check=list(HealthCheck),
         ),
     )
 
 
+@pytest.mark.timeout(600)  # a failure is made small before it is shown
 def test_the_scripts_answer_as_the_model_does(valkey: TimedServer) -> None:
-    _run(valkey, 120, 50, derandomize=True)
+    _run(valkey, 200, 50, derandomize=True)
 
 
 @pytest.mark.long

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.domain.price import Tokens
+from gateway.domain.request import Ask, Bound, Operation
 from gateway.upstream import sse
-from gateway.upstream.sse import BrokenStream, EventStream
+from gateway.upstream.sse import BrokenStream, EventStream, Overrun
 from gateway.upstream.usage import Usage
 
 DONE = b"data: [DONE]\n\n"
@@ -34,11 +36,19 @@ def usage_only(prompt: int = 7, completion: int = 5, **members: Any) -> dict[str
     return {"choices": [], "usage": usage(prompt, completion), **members}
 
 
+def stream_of(
+    *, show: bool = False, answers: int = 1, operation: Operation = "chat", output_tokens: int = 1000
+) -> EventStream:
+    """show: whether the client asked for usage. The input is estimated as 10 tokens."""
+    ask = Ask(operation, "m", input_bytes=40, completions=answers, stream=True, wants_usage=show)
+    return EventStream(ask, Bound(1000, answers, output_tokens))
+
+
 def fed(
-    stream: bytes | Iterable[bytes], *, show: bool = False, several: bool = False, cost: Any = None
+    stream: bytes | Iterable[bytes], *, show: bool = False, answers: int = 1, cost: Any = None
 ) -> tuple[bytes, EventStream]:
     """Everything that the client of a stream gets, and the follower afterwards."""
-    events = EventStream(show_usage=show, several_answers=several)
+    events = stream_of(show=show, answers=answers)
     chunks = [stream] if isinstance(stream, bytes) else stream
     return b"".join(events.feed(chunk) for chunk in chunks) + events.closing(cost), events
 
@@ -82,16 +92,14 @@ def test_however_a_stream_is_cut_the_client_gets_the_same(
 ) -> None:
     whole, shown = streams
     chunks = pieces(whole, data.draw(st.lists(st.integers(0, len(whole)), max_size=30)))
-    hidden, cut = fed(chunks, several=several)
+    answers = 2 if several else 1
+    hidden, cut = fed(chunks, answers=answers)
     assert hidden == shown
-    assert fed(chunks, show=True, several=several)[0] == whole
-    once = fed(whole, several=several)[1]
-    assert (cut.usage, cut.output_events, cut.done, cut.failed) == (
-        once.usage,
-        once.output_events,
-        once.done,
-        once.failed,
-    )
+    assert fed(chunks, show=True, answers=answers)[0] == whole
+    once = fed(whole, answers=answers)[1]
+    assert (cut.usage, cut.done, cut.failed) == (once.usage, once.done, once.failed)
+    for complete in (False, True):
+        assert cut.tokens(complete=complete) == once.tokens(complete=complete)
 
 
 @given(_streams(), st.data())
@@ -103,25 +111,26 @@ def test_however_a_stream_is_cut_the_cost_is_written_the_same(
     assert fed(chunks, show=True, cost=COST)[0] == fed(whole, show=True, cost=COST)[0]
 
 
-_FRAGMENTS = st.one_of(
-    st.binary(max_size=8),
-    st.sampled_from(
-        [b"data: ", b"\n\n", b"\r\n", b"\r", b"[DONE]", b'{"usage": {', b'"prompt_tokens": 7', b"}", b'"choices": []']
-        + [b'{"error": ', b"null", event(usage_only()), event(words("a")), b'data: {"choices": [], "usage": 5}\n\n']
-    ),
+_FRAGMENTS = st.binary(max_size=8) | st.sampled_from(
+    [
+        *(b"data: ", b"\n\n", b"\r\n", b"\r", b"}", b"null", b"[DONE]", b'{"error": ', b'{"usage": {'),
+        *(b'"prompt_tokens": 7', b'"choices": []', b'data: {"choices": [], "usage": 5}\n\n'),
+        *(event(usage_only()), event(words("a"))),
+    ]
 )
 
 
 @given(st.lists(_FRAGMENTS, max_size=20), st.booleans(), st.booleans())
 def test_no_bytes_are_too_strange(chunks: list[bytes], show: bool, several: bool) -> None:
-    out, _ = fed(chunks, show=show, several=several)
+    answers = 2 if several else 1
+    out, _ = fed(chunks, show=show, answers=answers)
     assert len(out) <= sum(map(len, chunks))
     assert not show or b"".join(chunks).startswith(out)
-    fed(chunks, show=show, several=several, cost=COST)
+    fed(chunks, show=show, answers=answers, cost=COST)
 
 
 def test_each_event_is_handed_out_as_soon_as_it_is_whole() -> None:
-    events = EventStream(show_usage=False, several_answers=False)
+    events = stream_of()
     first = event(words("a"))
     assert events.feed(first[:10]) == b""
     assert events.feed(first[10:] + b"data: {") == first
@@ -133,9 +142,8 @@ def test_every_line_end_is_understood(end: bytes) -> None:
     stream = event(words("a"), end=end) + event(usage_only(), end=end) + b"data: [DONE]" + end
     out, events = fed(stream)
     assert out == event(words("a"), end=end) + b"data: [DONE]" + end
-    assert events.usage == Usage(7, 5)
+    assert events.tokens(complete=True) == Tokens(7, 5)
     assert events.done
-    assert events.output_events == 1
 
 
 def test_a_missing_space_after_the_field_changes_nothing() -> None:
@@ -166,14 +174,14 @@ def test_usage_on_the_finish_chunk_is_passed_on_and_read() -> None:
 
 def test_of_cumulative_usage_the_last_counts_and_all_chunks_flow() -> None:
     chunks = [event(words("a", usage=usage(7, count))) for count in range(1, 6)]
-    events = EventStream(show_usage=False, several_answers=False)
+    events = stream_of()
     assert [events.feed(chunk) for chunk in chunks] == chunks
     assert events.usage == Usage(7, 5)
 
 
 def test_two_answers_with_a_usage_each_are_added_up() -> None:
     stream = event(usage_only(7, 5)) + event(words("b")) + event(usage_only(7, 4)) + DONE
-    out, events = fed(stream, several=True)
+    out, events = fed(stream, answers=2)
     assert events.usage == Usage(7, 9)
     assert out == event(words("b")) + DONE
 
@@ -195,13 +203,12 @@ def test_an_event_of_a_megabyte_passes_in_small_chunks() -> None:
     stream = big + event(usage_only()) + DONE
     out, events = fed(pieces(stream, range(0, len(stream), 65_536)))
     assert out == big + DONE
-    assert events.usage == Usage(7, 5)
-    assert events.output_events == 1
+    assert events.tokens(complete=True) == Tokens(7, 5)
 
 
 def test_an_event_without_end_breaks_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "MAX_EVENT_BYTES", 100)
-    events = EventStream(show_usage=False, several_answers=False)
+    events = stream_of()
     assert events.feed(b"data: " + b"x" * 94) == b""
     with pytest.raises(BrokenStream, match="100 bytes"):
         events.feed(b"x")
@@ -210,8 +217,7 @@ def test_an_event_without_end_breaks_the_stream(monkeypatch: pytest.MonkeyPatch)
 def test_what_follows_done_is_dropped() -> None:
     out, events = fed([event(words("a")) + DONE + event(words("b")), event(usage_only(1, 1)), b"trailing"])
     assert out == event(words("a")) + DONE
-    assert events.usage is None
-    assert events.output_events == 1
+    assert events.tokens(complete=True) == Tokens(10, 1)
 
 
 def test_llamas_null_is_passed_on() -> None:
@@ -295,11 +301,105 @@ def test_a_usage_that_makes_no_sense_is_hidden_but_not_taken() -> None:
 )
 def test_an_event_with_output_counts_once(delta: dict[str, Any]) -> None:
     stream = event({"choices": [{"index": 0, "delta": delta}]}) * 3 + event(words("")) + event(words("a", None))
-    assert fed(stream)[1].output_events == 4
+    assert fed(stream)[1].tokens(complete=False) == Tokens(10, 4)
 
 
 def test_an_event_nested_deeper_than_can_be_written_still_passes() -> None:
-    nested = b'data: {"choices": [], "usage": {"prompt_tokens": 7, "x": ' + b"[" * 300 + b"]" * 300 + b"}}\n\n"
+    deep = b'{"prompt_tokens": 7, "completion_tokens": 5, "x": ' + b"[" * 300 + b"]" * 300 + b"}"
+    nested = b'data: {"choices": [], "usage": ' + deep + b"}\n\n"
     out, events = fed(nested + DONE, show=True, cost=COST)
-    assert events.usage == Usage(7, 0)
-    assert out.endswith(DONE)
+    assert events.usage == Usage(7, 5)
+    assert out == nested + DONE
+
+
+# --- what is charged -------------------------------------------------------------------------------------------------
+
+
+def test_a_complete_stream_is_charged_by_its_usage() -> None:
+    stream = event(words("a long text in one event")) + event(usage_only(7, 5)) + DONE
+    assert fed(stream)[1].tokens(complete=True) == Tokens(7, 5)
+
+
+def test_without_a_usage_events_or_four_bytes_of_text_are_a_token() -> None:
+    assert fed(event(words("a")) * 3 + DONE)[1].tokens(complete=True) == Tokens(10, 3)
+    assert fed(event(words("x" * 41)) + DONE)[1].tokens(complete=True) == Tokens(10, 11)
+
+
+def test_who_leaves_pays_for_the_text_behind_the_last_usage_too() -> None:
+    stream = event(words("a", usage=usage(7, 1))) + event(words("b")) * 3
+    assert fed(stream)[1].tokens(complete=False) == Tokens(7, 4)
+
+
+def test_of_several_answers_each_event_is_a_token_at_least() -> None:
+    stream = event(words("a")) * 6 + event(words("", "stop", usage=usage(7, 3))) + DONE
+    assert fed(stream, answers=2)[1].tokens(complete=True) == Tokens(7, 6)
+    assert fed(stream)[1].tokens(complete=True) == Tokens(7, 3)
+
+
+def test_nothing_handed_out_is_nothing_to_pay() -> None:
+    assert fed(event(words("")) + DONE)[1].tokens(complete=True) == Tokens(0, 0)
+    assert fed(event(words("")) + event(usage_only(7, 1)) + DONE)[1].tokens(complete=True) == Tokens(0, 0)
+    assert not fed(event(words("")))[1].has_output
+
+
+def test_reasoning_that_is_not_shown_is_paid() -> None:
+    hidden = {**usage(7, 500), "completion_tokens_details": {"reasoning_tokens": 500}}
+    stream = event(words("")) + event({"choices": [], "usage": hidden}) + DONE
+    assert fed(stream)[1].tokens(complete=True) == Tokens(7, 500)
+
+
+@given(_streams(), st.booleans(), st.booleans())
+def test_no_stream_is_charged_beyond_the_bound(streams: tuple[bytes, bytes], several: bool, complete: bool) -> None:
+    events = stream_of(answers=2 if several else 1, output_tokens=3)
+    events.feed(streams[0])
+    tokens = events.tokens(complete=complete)
+    assert 0 <= tokens.cache_read <= tokens.input <= 1000
+    assert 0 <= tokens.output <= (6 if several else 3)
+
+
+def test_an_upstream_that_does_not_stop_is_stopped() -> None:
+    events = stream_of(output_tokens=1)
+    with pytest.raises(Overrun):
+        for _ in range(1000):
+            events.feed(event(words("a")))
+    assert events.tokens(complete=False) == Tokens(10, 1)
+
+
+def test_what_was_not_handed_out_is_not_paid() -> None:
+    events = stream_of(output_tokens=1)
+    with pytest.raises(Overrun):
+        events.feed(event(words("a")) * 1000)
+    assert not events.has_output
+    assert events.tokens(complete=False) == Tokens(0, 0)
+
+
+def test_a_little_more_than_was_asked_for_passes() -> None:
+    # Events are not quite tokens: servers split words and repeat names of tools.
+    events = stream_of(output_tokens=10)
+    for _ in range(20):
+        events.feed(event(words("a")))
+    assert events.tokens(complete=False) == Tokens(10, 10)
+
+
+@pytest.mark.parametrize("text", ["text", "content"])
+def test_a_text_completion_has_its_output_elsewhere(text: str) -> None:
+    events = stream_of(operation="text_completion")
+    events.feed(event({"choices": [{"index": 0, text: "a", "finish_reason": None}]}) * 3)
+    assert events.has_output == (text == "text")
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
+def test_the_last_event_needs_no_blank_line(end: bytes) -> None:
+    events = stream_of()
+    assert events.feed(event(words("a")) + b"data: [DONE]" + end) == event(words("a"))
+    assert not events.done
+    assert events.end() == b""
+    assert events.done
+    assert events.closing(None) == b"data: [DONE]" + end
+
+
+def test_half_an_event_is_handed_out_at_the_end() -> None:
+    events = stream_of()
+    assert events.feed(event(words("a")) + b'data: {"choi') == event(words("a"))
+    assert events.end() == b'data: {"choi'
+    assert not events.done
