@@ -21,7 +21,7 @@ from unittest.mock import patch
 import yaml
 
 from gateway.cli import main
-from tests.servers import MovableClock, free_port
+from tests.servers import MovableClock
 
 #: Prices in USD per million tokens that no binary fraction and no whole number of nano-credits can hold.
 INPUT_PRICE, OUTPUT_PRICE, CACHE_READ_PRICE = Decimal("0.0305"), Decimal("0.7777"), Decimal("0.01")
@@ -141,15 +141,13 @@ def running_gateway(
     with tempfile.TemporaryDirectory(prefix="qg-serve-") as name:
         directory = Path(name)
         environment = {**os.environ, **(clock.environment if clock else {}), **(env or {})}
-        admin_port = free_port()
         path = config if isinstance(config, Path) else directory / "config.yaml"
         if not isinstance(config, Path):
             path.write_text(yaml.safe_dump(config))
-        process = _spawn(path, directory, data_dir, admin_port, environment)
+        process = _spawn(path, directory, data_dir, environment)
         gateway: Gateway | None = None
         try:
-            base_url, key = _wait_until_ready(process, directory)
-            admin_url = f"http://127.0.0.1:{admin_port}"
+            base_url, admin_url, key = _wait_until_ready(process, directory)
             gateway = Gateway(base_url, admin_url, key, process, directory, path, data_dir, environment)
             yield gateway
             _end(process, gateway)
@@ -190,11 +188,9 @@ def _run_here(config: Path, *arguments: str, environment: Mapping[str, str]) -> 
         return CompletedProcess(words, code, stdout.getvalue(), stderr.getvalue())
 
 
-def _spawn(
-    config: Path, directory: Path, data_dir: Path, admin_port: int, environment: Mapping[str, str]
-) -> subprocess.Popen[bytes]:
+def _spawn(config: Path, directory: Path, data_dir: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "gateway", "serve", "--config", str(config), "--data-dir", str(data_dir)]
-    command += ["--listen", "127.0.0.1:0", "--admin-listen", f"127.0.0.1:{admin_port}"]
+    command += ["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"]
     # Files, not pipes: nobody reads along, and a full pipe would stop the gateway.
     with (directory / "stdout").open("wb") as stdout, (directory / "stderr").open("wb") as stderr:
         return subprocess.Popen(
@@ -202,15 +198,16 @@ def _spawn(
         )
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], directory: Path) -> tuple[str, str | None]:
-    """The base URL and the key of the welcome, which is printed in one piece."""
+def _wait_until_ready(process: subprocess.Popen[bytes], directory: Path) -> tuple[str, str, str | None]:
+    """Base URL, the admin listener's URL and the key of the welcome, whose last line of these is the key's."""
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
-        words = [line.split() for line in (directory / "stdout").read_text().splitlines(keepends=True)]
-        urls = [line[2] for line in words if line[:2] == ["base", "URL"]]
-        keys = [line[1] for line in words if line[:1] == ["key"]]
-        if urls and keys:
-            return urls[0], keys[0] if keys[0] != "make" else None
+        lines = [line for line in (directory / "stdout").read_text().splitlines(keepends=True) if line.endswith("\n")]
+        said = {line[:10].strip(): line[10:].split() for line in lines}
+        if "key" in said:
+            key = said["key"][0]
+            admin_url = said["metrics"][0].removesuffix("/metrics")
+            return said["base URL"][0], admin_url, None if key == "make" else key
         time.sleep(0.02)
     raise RuntimeError(f"the gateway did not get ready (exit code {process.poll()})")
 

@@ -155,13 +155,17 @@ async def create(store: Store, account: str, plan: Plan) -> Funds:
 
 async def set_plan(store: Store, account: str, operation: str, version: int, plan: Plan) -> Funds:
     """Move an account to a plan. version 0: whatever comes next. Raises UnknownAccount, OperationConflict,
-    Rejected for a version that is not newer."""
-    reply = await store.run("set_plan", money_keys(account), (account, operation, version, plan.name, *terms_of(plan)))
+    Rejected for a version that is not newer, or while the clocks differ."""
+    reply = await store.run(
+        "set_plan", money_keys(account), (account, operation, version, plan.name, *terms_of(plan), _gateway_ms())
+    )
     match reply[0]:
         case b"unknown_account":
             raise UnknownAccount(account)
         case b"conflict":
             raise OperationConflict(operation)
+        case b"skewed":
+            raise Rejected("the clocks of store and gateway differ by more than a minute; nothing was done")
         case b"stale":
             raise Rejected(
                 f"version {version} is not newer than {reply[1].decode()}, which was applied; nothing was done"

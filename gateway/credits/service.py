@@ -19,6 +19,7 @@ from gateway.credits.keyspace import (
     reservation_id,
     shard_keys,
 )
+from gateway.credits.scripts import NotReserved
 from gateway.credits.store import Store
 from gateway.domain.decision import Denied, Reserved, Settlement, deny
 from gateway.domain.money import MAX_NANO
@@ -129,7 +130,7 @@ class CreditEngine:
         """
         reservation = reservation_id(identity.account, request)
 
-        async def attempt() -> Reservation | Denied | Refused:
+        async def attempt() -> Reservation | Denied | Refused | NotReserved:
             return await self._reserve_once(identity, reservation, model, amount_femto, minimum_femto, lease_ms)
 
         try:
@@ -138,6 +139,10 @@ class CreditEngine:
             # The script may have run, or run yet: nobody will settle this reservation, so it is taken back.
             self._in_background(self._void_until_done(identity.account, reservation))
             raise
+        if isinstance(outcome, NotReserved):
+            if outcome.outcome == "skewed":
+                raise StoreUnavailable("the clocks of store and gateway differ by more than a minute")
+            raise StoreUnavailable(f"reservation {reservation} cannot be made again ({outcome.outcome})")
         if isinstance(outcome, Reservation):
             self.open_reservations += 1
             self._metrics.reserved(outcome.reserved.held_nano)
@@ -145,7 +150,7 @@ class CreditEngine:
 
     async def _reserve_once(
         self, identity: Identity, reservation: str, model: str, amount_femto: int, minimum_femto: int, lease_ms: int
-    ) -> Reservation | Denied | Refused:
+    ) -> Reservation | Denied | Refused | NotReserved:
         account = identity.account
         plan = self._plan(self._plan_names.get(account, self._default_plan))
         while True:
@@ -173,17 +178,15 @@ class CreditEngine:
                 case "unknown_account" | "unknown_key":
                     self._identities.clear()  # rare: a key was revoked
                     return Refused()
-                case "skewed":
-                    raise StoreUnavailable("the clocks of store and gateway differ by more than a minute")
                 case _:
-                    raise StoreUnavailable(f"reservation {reservation} cannot be made again ({outcome.outcome})")
+                    return outcome
 
     async def settle(self, reservation: Reservation, cost_femto: int, note: str) -> Settlement:
         """Charge the actual cost (list price, femto-credits) and give back the rest of the hold.
 
         If the caller is cancelled, or StoreError is raised, the settlement goes on in the background.
         """
-        cost = cost_of(cost_femto, reservation.plan.rate_ppm)
+        cost = _within_range(cost_of(cost_femto, reservation.plan.rate_ppm))
         self.open_reservations -= 1
         try:
             settlement = await self._settle_once(reservation, cost, note)

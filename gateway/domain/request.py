@@ -4,7 +4,7 @@ Only fields whose meaning for the cost is known are let through: a field that an
 gateway does not (``n_predict`` beside ``max_tokens``, say) would be forwarded at one price and answered at another.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ Operation = Literal["chat", "text_completion", "embeddings"]
 
 MAX_COMPLETIONS = 128
 MAX_PROMPTS = 2048
+MAX_SCHEMA_DEPTH = 64
 
 #: Less output than this is no answer: a request that cannot hold it (or what it asks for, if less) is refused.
 MIN_OUTPUT_TOKENS = 16
@@ -215,8 +216,21 @@ def _read_chat(body: dict[str, Any], model: str, size_bytes: int) -> Ask:
 
 def _as_template_writes(body: dict[str, Any]) -> int:
     """Bytes that templates may add by writing schemas indented (Llama 3 by four) and escaped into the prompt."""
-    schemas = [body[name] for name in ("tools", "functions", "response_format", "json_schema") if body.get(name)]
-    return sum(4 * len(orjson.dumps(schema, option=orjson.OPT_INDENT_2)) for schema in schemas)
+    added = 0
+    for name in ("tools", "functions", "response_format", "json_schema"):
+        if schema := body.get(name):
+            depth = _depth(schema, name)
+            compact = orjson.dumps(schema)
+            lines = compact.count(b",") + 2 * (compact.count(b"{") + compact.count(b"["))
+            added += 2 * (len(compact) + lines * (4 * depth + 2))
+    return added
+
+
+def _depth(value: object, name: str, level: int = 0) -> int:
+    if level > MAX_SCHEMA_DEPTH:
+        raise InvalidRequest(f"{name!r} is nested more than {MAX_SCHEMA_DEPTH} levels deep", name)
+    inner: Iterable[object] = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return max((_depth(item, name, level + 1) for item in inner), default=level)
 
 
 def _check_template_arguments(body: dict[str, Any]) -> None:
@@ -252,10 +266,15 @@ def _is_text(message: object, index: int) -> bool:
     if content is not None and not isinstance(content, (str, list)):
         raise InvalidRequest("'content' must be a string or an array of parts", f"messages[{index}].content")
     parts = content if isinstance(content, list) else []
-    return message.keys() <= _MESSAGE_KEYS and all(
-        isinstance(part, dict) and part.get("type") in ("text", "refusal") and part.keys() <= _PART_KEYS
+    return _filled(message) <= _MESSAGE_KEYS and all(
+        isinstance(part, dict) and part.get("type") in ("text", "refusal") and _filled(part) <= _PART_KEYS
         for part in parts
     )
+
+
+def _filled(fields: dict[str, Any]) -> set[str]:
+    """The names of the fields that hold anything: clients send answers back with all their empty ones."""
+    return {name for name, value in fields.items() if value is not None and value != []}
 
 
 def _count_prompts(body: dict[str, Any], field: str) -> tuple[int, int]:

@@ -20,6 +20,8 @@ from gateway.domain.price import FEMTO_PER_NANO
 from gateway.domain.request import Bound, InvalidRequest, affordable_output
 
 _NO_RETRY = {"x-should-retry": "false"}
+# Said where a part of the request's body may still be on its way: the connection cannot be used again.
+_LAST = {"Connection": "close", **_NO_RETRY}
 _BUSY_RETRY_S = 1
 
 
@@ -116,6 +118,13 @@ def invalid_body(error: InvalidRequest) -> Failure:
     )
 
 
+def broken_body(reason: str) -> Failure:
+    """The body cannot be unpacked, or broke off."""
+    return Failure(
+        400, "invalid_request_error", "invalid_body", f"The body cannot be decoded: {reason}.", headers=_LAST
+    )
+
+
 def body_too_large(most_bytes: int) -> Failure:
     """The request's body is over the limit."""
     return Failure(
@@ -123,7 +132,7 @@ def body_too_large(most_bytes: int) -> Failure:
         "invalid_request_error",
         "request_too_large",
         f"The request body is larger than {most_bytes} bytes.",
-        headers=_NO_RETRY,
+        headers=_LAST,
     )
 
 
@@ -190,7 +199,7 @@ def body_too_slow() -> Failure:
         "invalid_request_error",
         "request_timeout",
         "The request body did not arrive in time.",
-        headers=_NO_RETRY,
+        headers=_LAST,
     )
 
 

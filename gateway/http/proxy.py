@@ -244,6 +244,8 @@ class Proxy:
         try:
             failure = await self._relay(exchange, request, response, events, answer)
             self._watch_overrun(exchange, quote, events.usage)
+            if failure is None and events.failed and not events.error_shown:
+                failure = errors.upstream_unavailable()
             if failure is not None:
                 return await self._break_off(exchange, response, failure)
             if not events.failed:

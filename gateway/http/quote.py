@@ -56,7 +56,7 @@ async def read_body(request: web.BaseRequest, most_bytes: int) -> bytes | Failur
     except TimeoutError:
         return errors.body_too_slow()
     except (web.RequestPayloadError, HTTPException) as error:
-        return errors.invalid_body(InvalidRequest(f"it cannot be decoded: {error}"))
+        return errors.broken_body(str(error))
     return b"".join(parts)
 
 

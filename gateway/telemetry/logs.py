@@ -43,6 +43,8 @@ def setup_logging(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # What it reports is malformed HTTP, by quoting the line, which may be the one with the customer's key.
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
 
 
 def log_request(

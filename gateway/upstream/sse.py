@@ -29,6 +29,7 @@ _EVENT_END = re.compile(rb"\r?\n\r?\n|\r\r")
 #: The largest single event that is held until it is complete.
 MAX_EVENT_BYTES = 16 * 2**20
 
+_SEAM_BYTES = 4096
 # Events are not quite tokens: only a stream that runs far beyond its limit is cut.
 _SPARE_EVENTS = 64
 
@@ -44,14 +45,16 @@ class Overrun(Exception):
 class EventStream:
     """Follows the stream that answers ask within bound. After ``done``, ``closing`` gives the events that end it.
 
-    failed: the upstream sent an error as an event.
+    failed: the upstream sent an error as an event; error_shown: in a form that clients take for one.
     """
 
     def __init__(self, ask: Ask, bound: Bound) -> None:
         self._ask = ask
         self._bound = bound
-        self._partial = b""
+        self._parts: list[bytes] = []
+        self._parts_bytes = 0
         self._held = b""
+        self._held_with = b""
         self._tail = b""
         self._usage: Usage | None = None
         self._usage_is_final = False
@@ -59,7 +62,9 @@ class EventStream:
         self._output_events = 0
         self._output_bytes = 0
         self.done = False
+        self._overran = False
         self.failed = False
+        self.error_shown = False
 
     @property
     def usage(self) -> Usage | None:
@@ -73,24 +78,39 @@ class EventStream:
 
     def feed(self, chunk: bytes) -> bytes:
         """Take bytes as they came; the bytes that the client may have now. Raises BrokenStream, Overrun."""
-        data = self._partial + chunk if self._partial else chunk
-        end = _end_of_events(data)
-        self._partial = data[end:]
-        if len(self._partial) > MAX_EVENT_BYTES:
-            raise BrokenStream(f"an event of more than {MAX_EVENT_BYTES} bytes")
-        return self._pass_on(data if end == len(data) else data[:end])
+        if self._parts:
+            # Only around the new bytes can an event end: a large one in small pieces is not searched again and again.
+            seam = self._parts[-1][-3:] + chunk
+            if not _end_of_events(seam):
+                self._keep(chunk)
+                return b""
+            chunk = b"".join((*self._parts, chunk))
+            self._parts, self._parts_bytes = [], 0
+        end = _end_of_events(chunk)
+        if end < len(chunk):
+            self._keep(chunk[end:])
+        return self._pass_on(chunk if end == len(chunk) else chunk[:end])
 
     def end(self) -> bytes:
         """The upstream closed the connection: what is left counts as an event, even without its blank line."""
-        left, self._partial = self._partial, b""
+        left, self._parts = b"".join(self._parts), []
         return self._pass_on(left)
+
+    def _keep(self, piece: bytes) -> None:
+        if self._parts and len(self._parts[-1]) < _SEAM_BYTES:
+            self._parts[-1] += piece  # so that the last piece always holds the end of a blank line
+        else:
+            self._parts.append(piece)
+        self._parts_bytes += len(piece)
+        if self._parts_bytes > MAX_EVENT_BYTES:
+            raise BrokenStream(f"an event of more than {MAX_EVENT_BYTES} bytes")
 
     def closing(self, cost: Mapping[str, object] | None) -> bytes:
         """The end of the stream: the last usage, with cost's fields where the client asked for it, and ``[DONE]``."""
         held = self._held
         if held and cost is not None and self._ask.wants_usage:
             held = _with_cost(held, cost)
-        return held + self._tail
+        return held + self._held_with + self._tail
 
     def tokens(self, *, complete: bool) -> Tokens:
         """The tokens to charge for the stream as far as it went; complete: to its end."""
@@ -108,6 +128,8 @@ class EventStream:
         return billed(usage, self._ask, self._bound, least)
 
     def _pass_on(self, block: bytes) -> bytes:
+        if self._overran:
+            raise Overrun("the upstream sends more output than it was asked for")
         if not block or self.done:
             return b""
         if self._held or b"usage" in block or b"[DONE]" in block or b'"error"' in block:
@@ -117,7 +139,7 @@ class EventStream:
                 self._output_events += 1
                 self._output_bytes += len(text)
         if self._output_events > 2 * self._bound.tokens(self._bound.output_tokens_each).output + _SPARE_EVENTS:
-            raise Overrun("the upstream sends more output than it was asked for")
+            self._overran = True  # said with the next piece, so that this one is handed out before it is charged
         return block
 
     def _outputs(self, block: bytes) -> list[bytes]:
@@ -134,7 +156,11 @@ class EventStream:
             self.done = True
             self._tail = event
             return b""
-        released, self._held = self._held, b""
+        if self._held and b"data:" not in event:
+            self._held_with += event  # a comment does not part the usage from the end
+            return b""
+        released = self._held + self._held_with
+        self._held = self._held_with = b""
         if _USAGE.search(event) or b'"error"' in event:
             document = _json_of(event)
             if isinstance(document, dict) and self._read(document, event):
@@ -145,6 +171,7 @@ class EventStream:
         """Take an event that may hold usage or an error; whether it is not handed out, or not yet."""
         if document.get("error") or document.get("object") == "error":
             self.failed = True
+            self.error_shown = self.error_shown or bool(document.get("error"))
             return False
         usage = read_usage(document.get("usage"), self._ask.operation)
         usage_only = document.get("choices") == []

@@ -138,7 +138,17 @@ def _texts(item: object) -> list[str]:
     if "embedding" in item:
         return ["embedding"] if item["embedding"] else []
     message = item.get("message")
-    parts: list[object] = [item.get("text")]
-    if isinstance(message, dict):
-        parts += [value for name, value in message.items() if name != "role"]
-    return [part if isinstance(part, str) else orjson.dumps(part).decode() for part in parts if part]
+    if not isinstance(message, dict):
+        return [text] if isinstance(text := item.get("text"), str) and text else []
+    # Some servers send reasoning under both of its names.
+    twice = "reasoning_content" if message.get("reasoning") else ""
+    return [_text(part) for name, part in message.items() if part and name not in ("role", twice)]
+
+
+def _text(part: object) -> str:
+    if isinstance(part, str):
+        return part
+    try:
+        return orjson.dumps(part).decode()
+    except orjson.JSONEncodeError:
+        return "…"  # nested deeper than the library writes: there is something, of unknown length

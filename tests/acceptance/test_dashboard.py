@@ -60,6 +60,7 @@ def make_metrics() -> Metrics:
     metrics = Metrics(plans=["standard", "developer"], models=["llama"])
     metrics.watch_reservations_open(lambda: 3)
     metrics.upstream_started("ionet")
+    metrics.overrun("ionet")
     return metrics
 
 

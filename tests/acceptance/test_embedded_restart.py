@@ -209,6 +209,7 @@ async def test_sigterm_lets_a_stream_end_and_settles_it(
         async with asyncio.timeout(20):
             while await accepts(gateway):
                 await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)  # a gateway that does not wait for its requests would be gone by then
         assert gateway.process.poll() is None
         upstream.release()
         answer = Answer(response.status, response.headers.copy(), first + await response.read())

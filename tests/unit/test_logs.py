@@ -74,7 +74,7 @@ def test_other_records_and_their_exceptions_stay_on_one_line() -> None:
         try:
             raise RuntimeError("first\\nsecond")
         except RuntimeError:
-            logging.getLogger("aiohttp.server").exception("handler\\nfailed")
+            logging.getLogger("gateway.http").exception("handler\\nfailed")
         """
     )
     (line,) = lines

@@ -49,6 +49,7 @@ def test_the_names_and_labels_that_users_rely_on(metrics: Metrics) -> None:
         "quota_gateway_reservations_open": set(),
         "quota_gateway_overhead_seconds": {"phase"},
         "quota_gateway_store_seconds": {"script"},
+        "quota_gateway_upstream_overruns": {"upstream"},
         "quota_gateway_upstream_inflight": {"upstream"},
         "quota_gateway_config_last_reload_successful": set(),
         "quota_gateway_build_info": {"version"},
@@ -68,6 +69,7 @@ def drive(metrics: Metrics) -> None:
     metrics.overhead("reserve", 0.001)
     metrics.store_call("reserve", 0.001)
     metrics.upstream_started("ionet")
+    metrics.overrun("ionet")
     metrics.request_finished("chat", "llama", "ionet", 1.0, 10, 10, 0.5)
 
 

@@ -49,12 +49,13 @@ local function write_ended(records, due, id, state, account, outcome, now)
 end
 
 -- Take an open reservation's hold off the account. What was held in an earlier window lapses with it.
--- Returns the allowance that its cost may use up: in its own window the hold and whatever is free by now.
+-- Returns the allowance that its cost may use up: in its own window the hold and whatever is free by now. The hold is
+-- good even if the plan was lowered below it in the meantime.
 local function release_hold(account, record)
   account.balance_held = account.balance_held - record.from_balance
   if record.epoch == account.epoch then
     account.held = account.held - record.from_allowance
-    return allowance_free(account)
+    return math.max(record.from_allowance, allowance_free(account))
   end
   account.held_before = account.held_before - record.from_allowance
   return record.from_allowance
