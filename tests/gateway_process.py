@@ -21,6 +21,7 @@ from unittest.mock import patch
 import yaml
 
 from gateway.cli import main
+from gateway.credits import scripts
 from tests.servers import MovableClock
 
 #: Prices in USD per million tokens that no binary fraction and no whole number of nano-credits can hold.
@@ -50,6 +51,7 @@ class Gateway:
     config: Path
     data_dir: Path
     environment: Mapping[str, str]
+    clock: MovableClock | None
 
     @property
     def pid(self) -> int:
@@ -69,10 +71,14 @@ class Gateway:
         """The parsed output of the verb with ``--json`` on the same configuration and store; also when the gateway has
         ended. Raises RuntimeError with its stderr unless it exits with 0."""
         command = [*arguments, "--data-dir", str(self.data_dir), "--json"]
-        # A verb asks the running store for the time, so it may run here, which is much quicker than in a process of
-        # its own; on an ended gateway's directory it starts a store, which must follow the same clock.
-        run = _run_here if self.process.poll() is None else run_cli
-        ended = run(self.config, *command, environment=self.environment)
+        # Here is much quicker than in a process of its own. But on an ended gateway's directory a verb starts a store,
+        # which must follow the clock.
+        if self.process.poll() is None:
+            now_ms = self.clock.now_ms if self.clock else scripts._gateway_ms
+            with patch.object(scripts, "_gateway_ms", now_ms):
+                ended = _run_here(self.config, *command, environment=self.environment)
+        else:
+            ended = run_cli(self.config, *command, environment=self.environment)
         if ended.returncode:
             raise RuntimeError(f"{arguments} exited with {ended.returncode}: {ended.stdout}{ended.stderr}")
         return json.loads(ended.stdout)
@@ -148,7 +154,7 @@ def running_gateway(
         gateway: Gateway | None = None
         try:
             base_url, admin_url, key = _wait_until_ready(process, directory)
-            gateway = Gateway(base_url, admin_url, key, process, directory, path, data_dir, environment)
+            gateway = Gateway(base_url, admin_url, key, process, directory, path, data_dir, environment, clock)
             yield gateway
             _end(process, gateway)
         except BaseException:

@@ -38,15 +38,23 @@ class TokenPrices:
     cache_read_femto: int | None = None
     cache_write_femto: int | None = None
 
+    @property
+    def cache_read(self) -> int:
+        """What a token read from the cache costs, in femto-credits."""
+        return self.input_femto if self.cache_read_femto is None else self.cache_read_femto
+
+    @property
+    def cache_write(self) -> int:
+        """What a token written to the cache costs, in femto-credits."""
+        return self.input_femto if self.cache_write_femto is None else self.cache_write_femto
+
     def femto(self, tokens: Tokens) -> int:
         """The exact cost in femto-credits."""
-        read = self.input_femto if self.cache_read_femto is None else self.cache_read_femto
-        write = self.input_femto if self.cache_write_femto is None else self.cache_write_femto
         plain = tokens.input - tokens.cache_read - tokens.cache_write
         return (
             plain * self.input_femto
-            + tokens.cache_read * read
-            + tokens.cache_write * write
+            + tokens.cache_read * self.cache_read
+            + tokens.cache_write * self.cache_write
             + tokens.output * self.output_femto
         )
 
@@ -56,7 +64,7 @@ class TokenPrices:
 
     def dearest_input_femto(self) -> int:
         """The most that one input token can cost, whichever kind the upstream will say it was."""
-        return max(self.input_femto, self.cache_read_femto or 0, self.cache_write_femto or 0)
+        return max(self.input_femto, self.cache_read, self.cache_write)
 
 
 def cost_of(femto: int, rate_ppm: int) -> Cost:

@@ -55,8 +55,8 @@ class ModelsList:
             "owned_by": said.get("owned_by", model.upstream),
             "input_token_price": _number(prices.input_femto),
             "output_token_price": _number(prices.output_femto),
-            "cache_read_token_price": _number(prices.cache_read_femto),
-            "cache_write_token_price": _number(prices.cache_write_femto),
+            "cache_read_token_price": _number(prices.cache_read),
+            "cache_write_token_price": _number(prices.cache_write),
             "context_window": model.context_window,
             "max_tokens": model.max_output_tokens,
         }
@@ -84,6 +84,6 @@ class ModelsList:
             }
 
 
-def _number(femto: int | None) -> orjson.Fragment | None:
+def _number(femto: int) -> orjson.Fragment:
     """USD per token as a JSON number without exponent, which a float would get."""
-    return None if femto is None else orjson.Fragment(f"{usd_per_token(femto):f}")
+    return orjson.Fragment(f"{usd_per_token(femto):f}")

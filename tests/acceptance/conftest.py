@@ -210,13 +210,9 @@ def funds_of(gateway: Gateway, account: str = "default") -> Funds:
     """The account's credits as of now."""
     shown = gateway.cli("credits", "show", account)
     allowance = shown["allowance"]
-    return Funds(
-        *(Decimal(allowance[name]) for name in ("granted", "used", "held", "remaining")),
-        Decimal(shown["balance"]),
-        Decimal(shown["balance_held"]),
-        allowance["window"],
-        allowance["resets_at"],
-    )
+    granted, used, held, remaining = (Decimal(allowance[name]) for name in ("granted", "used", "held", "remaining"))
+    balance, balance_held = Decimal(shown["balance"]), Decimal(shown["balance_held"])
+    return Funds(granted, used, held, remaining, balance, balance_held, allowance["window"], allowance["resets_at"])
 
 
 @pytest.fixture

@@ -114,6 +114,7 @@ def test_a_chat_costs_its_usage(gateway: Gateway, client: OpenAI, direct: OpenAI
     assert (spent.allowance, spent.balance) == (sum(costs), 0)
     said = direct.chat.completions.create(model=MODEL_NAME, messages=MESSAGES, max_completion_tokens=20).usage
     assert said is not None
+    assert answer.usage is not None
     assert (said.prompt_tokens, said.completion_tokens) == (answer.usage.prompt_tokens, answer.usage.completion_tokens)
     assert gateway.cli("reservations", "list") == {"data": []}
 
@@ -289,3 +290,24 @@ async def test_a_stream_arrives_as_it_is_produced(
                 assert upstream.requests[0].events_sent < SLOW_CHUNKS
                 assert not upstream.requests[0].finished
             await upstream.wait_for_disconnects()
+
+
+def test_every_answer_of_a_request_is_paid(gateway: Gateway, client: OpenAI, direct: OpenAI) -> None:
+    """llama.cpp reports each of two streamed answers by itself, and of a list of prompts only the first."""
+    single = direct.chat.completions.create(model=MODEL_NAME, messages=MESSAGES, max_tokens=1, extra_body=NO_CACHE)
+    assert single.usage is not None
+    with spending(gateway) as spent:
+        stream = client.chat.completions.create(
+            model=MODEL_NAME, messages=MESSAGES, max_tokens=20, n=2, stream=True, extra_body=NO_CACHE
+        )
+        answered = {choice.index for chunk in stream for choice in chunk.choices}
+    assert answered == {0, 1}
+    assert spent.allowance == cost_of(single.usage.prompt_tokens, 40)
+    prompts = [f"Prompt number {number} of several." for number in range(8)]
+    with spending(gateway) as spent:
+        answer = client.completions.create(model=MODEL_NAME, prompt=prompts, max_tokens=30, extra_body=NO_CACHE)
+    assert answer.usage is not None
+    assert len(answer.choices) == len(prompts)
+    reported = cost_of_usage(answer.usage)
+    shown = cost_of(sum(len(text) // 8 for text in prompts), sum(len(choice.text) for choice in answer.choices) // 8)
+    assert reported < shown <= spent.allowance
