@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -51,10 +52,7 @@ async def serve(config: GatewayConfig) -> None:
 
     Raises EmbeddedStoreError, StoreError and ListenError where it cannot start.
     """
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    stop, hurry = _stop_signals()
     async with AsyncExitStack() as stack:
         metrics = Metrics(config.plans, config.models)
         store = await stack.enter_async_context(_store(config, metrics, serving=True))
@@ -65,23 +63,43 @@ async def serve(config: GatewayConfig) -> None:
         operator = Operator(store, config.plans, config.default_plan)
         secret = await _first_key(config, operator)
         if config.store.embedded:
-            await stack.enter_async_context(_running(_abandon_orphans(operator)))
+            await stack.enter_async_context(_running(_abandon_orphans(operator, await operator.now_ms())))
+        if config.demo:
+            log.warning(
+                "no upstream has a key (%s): the demo model answers and is charged", ", ".join(config.upstreams)
+            )
         served = await stack.enter_async_context(_with_demo(config)) if config.demo else config
         client = UpstreamClient()
         stack.push_async_callback(client.close)
         proxy = Proxy(served, engine, client, metrics)
-        admin = web.AppRunner(
-            admin_app(Health({"store": _store_check(store)}), metrics, config.admin.token), shutdown_timeout=1
-        )
+        health = Health({"store": _store_check(store), "gateway": _running_check(stop)})
+        admin_server = admin_app(health, metrics, config.admin.token)
+        admin = web.AppRunner(admin_server, shutdown_timeout=1, access_log=None)
         admin_address = await _listen(stack, admin, config.admin.listen, "admin.listen")
-        data = web.ServerRunner(
-            web.Server(proxy.handle, handler_cancellation=True, access_log=None), shutdown_timeout=DRAIN_S
-        )
+        server = web.Server(proxy.handle, handler_cancellation=True, access_log=None)
+        data = web.ServerRunner(server, shutdown_timeout=1)
         address = await _listen(stack, data, config.listen, "listen")
         metrics.config_reloaded(True)
         print(_welcome(config, address, admin_address, secret), flush=True)
         await stop.wait()
-        log.info("stopping: requests in flight have %d s", DRAIN_S)
+        log.info("stopping: requests in flight have %d s; a second signal cuts them", DRAIN_S)
+        for site in list(data.sites):
+            await site.stop()
+        server.pre_shutdown()
+        await proxy.drain(DRAIN_S, hurry, SETTLE_S)
+
+
+def _stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
+    """Events for the first signal to stop, and for the second. A closed terminal stops like Ctrl-C."""
+    stop, hurry = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def heed() -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, heed)
+    return stop, hurry
 
 
 @asynccontextmanager
@@ -94,28 +112,38 @@ async def operator_session(config: GatewayConfig) -> AsyncIterator[Operator]:
 async def diagnose(config: GatewayConfig) -> list[Finding]:
     """Look at everything that serving needs. Raises nothing: what fails is a finding."""
     findings = []
+    if config.store.embedded and not config.store.data_dir.exists():
+        findings.append(Finding("store", False, f"{config.store.data_dir.resolve()} does not exist: serve makes it"))
+        return findings + await _diagnose_upstreams(config)
     try:
         async with _store(config, Metrics(config.plans, config.models), serving=False) as store:
             findings += await _diagnose_store(config, store)
     except Exception as error:
         findings.append(Finding("store", False, str(error)))
+    return findings + await _diagnose_upstreams(config)
+
+
+async def _diagnose_upstreams(config: GatewayConfig) -> list[Finding]:
     if config.demo:
-        findings.append(Finding("upstreams", True, "demo mode: no upstream has a key, the built-in demo model answers"))
-        return findings
+        text = "demo mode: with the environment of this shell no upstream has a key, and the demo model answers"
+        return [Finding("upstreams", True, text)]
     client = UpstreamClient()
     try:
-        for name in config.upstreams:
-            findings.append(await _diagnose_upstream(config, client, name))
+        return [await _diagnose_upstream(config, client, name) for name in config.upstreams]
     finally:
         await client.close()
-    return findings
+
+
+def _shown_store(config: GatewayConfig) -> str:
+    """Which store this is, fit for logs."""
+    return f"embedded in {config.store.data_dir.resolve()}" if config.store.embedded else config.store.shown_url
 
 
 async def _diagnose_store(config: GatewayConfig, store: Store) -> list[Finding]:
     seconds, micros = await store.call("TIME")
     skew_ms = abs(time.time() * 1000 - int(seconds) * 1000 - int(micros) / 1000)
     findings = [
-        Finding("store", True, f"{config.store.shown_url} answers"),
+        Finding("store", True, f"{_shown_store(config)} answers"),
         Finding("clocks", skew_ms < 60_000, f"store and gateway differ by {skew_ms:.0f} ms (a refresh needs < 60000)"),
     ]
     with suppress(StoreError):
@@ -155,6 +183,8 @@ async def _embedded_url(data_dir: Path, stack: AsyncExitStack, *, borrow: bool) 
     while True:
         if borrow and (url := running_url(data_dir)):
             return url
+        if borrow:
+            _say_if_new(data_dir)
         server = EmbeddedStore(data_dir)
         try:
             await server.start()
@@ -167,6 +197,12 @@ async def _embedded_url(data_dir: Path, stack: AsyncExitStack, *, borrow: bool) 
         else:
             stack.push_async_callback(server.stop)
             return server.url
+
+
+def _say_if_new(data_dir: Path) -> None:
+    # A verb in the wrong directory would otherwise succeed, unnoticed, on a store that no gateway serves.
+    if not data_dir.exists():
+        print(f"quota-gateway: making a new store in {data_dir.resolve()}", file=sys.stderr)
 
 
 @asynccontextmanager
@@ -211,11 +247,11 @@ async def _listen(stack: AsyncExitStack, runner: web.BaseRunner, address: Addres
     return Address(address.host, runner.addresses[0][1])
 
 
-async def _abandon_orphans(operator: Operator) -> None:
+async def _abandon_orphans(operator: Operator, started_ms: int) -> None:
     """A gateway that was killed left holds. With the store to ourselves nobody will settle them: why wait for their
     leases?"""
     try:
-        if count := await operator.abandon_orphans():
+        if count := await operator.abandon_orphans(started_ms):
             log.warning("gave back what %d requests of a killed gateway held", count)
     except StoreError as error:
         log.warning("the holds of a killed gateway stay until their leases end: %s", error)
@@ -228,6 +264,13 @@ def _store_check(store: Store) -> Check:
         except StoreError as error:
             return str(error)
         return None
+
+    return check
+
+
+def _running_check(stop: asyncio.Event) -> Check:
+    async def check() -> str | None:
+        return "stopping" if stop.is_set() else None
 
     return check
 
@@ -251,13 +294,13 @@ def _welcome(config: GatewayConfig, address: Address, admin: Address, secret: st
     lines = []
     if config.demo:
         lines += [
-            "DEMO MODEL: no upstream has a key, so a small built-in model answers. Set IONET_API_KEY (or edit the",
-            "upstreams in the configuration) to serve real models.",
+            f"DEMO MODEL: no upstream has a key ({', '.join(config.upstreams)}), so a small built-in model answers, at",
+            "the same prices. Set the key that the configuration asks for (IONET_API_KEY) to serve real models.",
             "",
         ]
     lines += [f"metrics   http://{_reachable(admin)}/metrics", f"base URL  {base}"]
     if secret is None:
-        lines.append("key       make one with: quota-gateway keys create ACCOUNT")
+        lines.append("key       make one with: quota-gateway keys create ACCOUNT (same --config and --data-dir)")
         return "\n".join(lines)
     model = next((model for model in config.models.values() if model.prices.output_femto), None)
     lines.append(f"key       {secret}   (account {FIRST_ACCOUNT}, plan {config.default_plan}; shown only once)")

@@ -122,7 +122,11 @@ def _add_credits(group: Any) -> None:
 def _add_reservations(group: Any) -> None:
     listing = _operator_verb(group, "reservations list", "open reservations, of one account or all")
     listing.add_argument("account", metavar="ACCOUNT", nargs="?", type=_checked(check_account_name))
-    _add_id(_operator_verb(group, "reservations void", "give a reservation's hold back"))
+    _add_id(
+        _operator_verb(
+            group, "reservations void", "give a reservation's hold back; the answer of a request in flight is then free"
+        )
+    )
 
 
 def _add_gateway_verbs(verbs: Any) -> None:

@@ -50,6 +50,7 @@ class UnknownPlan(EngineError):
 
     def __init__(self, plan: str) -> None:
         super().__init__(f"plan {plan!r} is not in the configuration")
+        self.plan = plan
 
 
 class UnknownReservation(EngineError):

@@ -8,7 +8,7 @@ from typing import Literal
 
 from gateway.credits import scripts
 from gateway.credits.api_keys import check_key_name, check_secret, digest_of, new_secret
-from gateway.credits.errors import EngineError, UnknownAccount, UnknownPlan, UnknownReservation
+from gateway.credits.errors import EngineError, Rejected, UnknownAccount, UnknownPlan, UnknownReservation
 from gateway.credits.keyspace import (
     ACCOUNT_PATTERN,
     SHARDS,
@@ -106,6 +106,8 @@ class Operator:
         check_account_name(account)
         check_reason(reason)
         operation = check_operation_id(operation or _new_operation())
+        if amount_nano < 1:
+            raise Rejected("the amount must be more than 0")
         return await repeat_if_lost(
             self._store, lambda: scripts.credit(self._store, account, operation, kind, amount_nano, reason)
         )
@@ -145,9 +147,10 @@ class Operator:
     async def revoke_key(self, key: str) -> str:
         """End a key at once, on every gateway; the account it belonged to. Raises EngineError if there is none."""
         digest = key.removeprefix("key_")
-        unknown = EngineError(f"there is no key {key!r}")
         if len(digest) != 24 or not set(digest) <= set("0123456789abcdef"):
-            raise unknown
+            # What was given is not repeated: people paste secrets here.
+            raise EngineError("that is not a key's id: give it as `keys list` shows it, key_ and 24 digits")
+        unknown = EngineError(f"there is no key {key!r}")
         index = shard_keys(int(digest[:2], 16)).api_keys
         entry = await self._store.call("HGET", index, digest)
         if entry is None:
@@ -173,12 +176,15 @@ class Operator:
             found = [one for one in found if one.account == account]
         return sorted({one.id: one for one in found}.values(), key=lambda one: one.created_at_ms)
 
-    async def abandon_orphans(self) -> int:
-        """End every reservation that was made before now, as if its lease had run out; how many. Only for a gateway
-        that has the store to itself and has just started: whoever made them is gone."""
+    async def now_ms(self) -> int:
+        """The store's clock, milliseconds since 1970."""
         seconds, micros = await self._store.call("TIME")
-        now_ms = int(seconds) * 1000 + int(micros) // 1000
-        orphans = [one for one in await self.reservations() if one.created_at_ms < now_ms]
+        return int(seconds) * 1000 + int(micros) // 1000
+
+    async def abandon_orphans(self, before_ms: int) -> int:
+        """End every reservation made before a moment of the store's clock, as if its lease had run out; how many. Only
+        for a gateway that has the store to itself and started at that moment: whoever made them is gone."""
+        orphans = [one for one in await self.reservations() if one.created_at_ms < before_ms]
         for one in orphans:
             await scripts.release(self._store, one.account, one.id, "abandon")
         return len(orphans)

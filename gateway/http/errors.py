@@ -17,7 +17,7 @@ from gateway.domain.model import Model
 from gateway.domain.money import format_credits
 from gateway.domain.plan import Plan
 from gateway.domain.price import FEMTO_PER_NANO
-from gateway.domain.request import Bound, InvalidRequest, affordable_output
+from gateway.domain.request import Bound, InvalidRequest, affordable_output, least_output
 
 _NO_RETRY = {"x-should-retry": "false"}
 # Said where a part of the request's body may still be on its way: the connection cannot be used again.
@@ -164,7 +164,7 @@ def upstream_unavailable() -> Failure:
         502,
         "api_error",
         "upstream_unavailable",
-        "The model's server could not be reached or broke off; nothing was charged. Please try again.",
+        "The model's server could not be reached, or its answer was of no use; nothing was charged. Please try again.",
         headers={"Retry-After": "1"},
     )
 
@@ -214,13 +214,16 @@ def upstream_auth() -> Failure:
     )
 
 
-def upstream_error(status: int) -> Failure:
-    """The upstream answered with an error that is not a JSON error of the usual shape."""
+def upstream_error(status: int, error: Mapping[str, object]) -> Failure:
+    """The upstream refuses or fails: its status and what it says, in the shape of every error. Nothing is charged."""
+    message, kind, code, param = (error.get(name) for name in ("message", "type", "code", "param"))
     return Failure(
         status,
-        "api_error",
-        "upstream_error",
-        f"The model's server answered with status {status}; nothing was charged.",
+        kind if isinstance(kind, str) else "api_error",
+        str(code) if isinstance(code, (str, int)) else "upstream_error",
+        message if isinstance(message, str) else f"The model's server answered with status {status}.",
+        param if isinstance(param, str) else None,
+        metadata={"source": "upstream"},
     )
 
 
@@ -274,7 +277,8 @@ def denied(denial: Denied, plan: Plan, bound: Bound, model: Model) -> Failure:
                 "insufficient_quota",
                 "request_exceeds_balance",
                 "This request requires more credits, or fewer max_tokens. You requested up to "
-                f"{bound.output_tokens_each} tokens, but can only afford {affordable}.",
+                f"{bound.output_tokens_each} tokens, but can only afford {affordable}"
+                + (f" (answers of fewer than {least_output(bound)} are not begun)." if affordable else "."),
                 headers=_NO_RETRY,
                 metadata=metadata,
             )

@@ -52,10 +52,14 @@ class Proxy:
         self._client = client
         self._metrics = metrics
         self._models = ModelsList(config.models, config.upstreams, client)
+        self._active: set[asyncio.Task[object]] = set()
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request of the data listener. Never raises but for cancellation."""
         exchange = Exchange()
+        task = asyncio.current_task()
+        assert task is not None
+        self._active.add(task)
         try:
             response = await self._route(exchange, request)
             exchange.status = response.status
@@ -65,7 +69,22 @@ class Proxy:
                 return await self._cut(exchange, request, exchange.response, error)
             return self._excuse(exchange, error)
         finally:
+            self._active.discard(task)
             self._report(exchange)
+
+    async def drain(self, timeout_s: float, hurry: asyncio.Event, settle_s: float) -> None:
+        """Let the requests in flight end, for timeout_s or until hurry is set; then cut them, and give what they were
+        sent settle_s to be charged."""
+        hurried = asyncio.ensure_future(hurry.wait())
+        deadline = time.monotonic() + timeout_s
+        while self._active and not hurried.done() and (left_s := deadline - time.monotonic()) > 0:
+            await asyncio.wait({*self._active, hurried}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        if self._active:
+            log.warning("cut %d requests that were still in flight", len(self._active))
+            for task in self._active:
+                task.cancel()
+            await asyncio.wait(self._active, timeout=settle_s)
 
     def _excuse(self, exchange: Exchange, error: Exception) -> web.StreamResponse:
         """The answer to a request that something went wrong with before any answer had begun."""
@@ -76,7 +95,7 @@ class Proxy:
                 return self._fail(exchange, errors.store_unavailable())
             case UnknownPlan():
                 log.error("%s: %s", exchange.id, error)
-                return self._fail(exchange, errors.plan_not_configured(str(error)))
+                return self._fail(exchange, errors.plan_not_configured(error.plan))
             case ConnectionResetError():
                 exchange.reason = "client_closed"
                 return web.Response(status=exchange.status)  # nobody is there to read it
@@ -213,10 +232,8 @@ class Proxy:
             return self._fail(exchange, errors.upstream_unavailable())
         body = await answer.body(_MOST_ERROR_BYTES)
         exchange.reason = "upstream_error"
-        response = errors.upstream_error(answer.status).response(exchange.id, _retry_header(answer))
-        if _is_error_object(body):
-            response.body = body
-        return response
+        failure = errors.upstream_error(answer.status, _error_of(body))
+        return failure.response(exchange.id, _retry_header(answer))
 
     async def _whole(self, exchange: Exchange, quote: Quote, answer: UpstreamAnswer) -> web.StreamResponse:
         body = await answer.body(self._config.limits.response_bytes)
@@ -381,7 +398,7 @@ class Proxy:
         log_request(
             request_id=exchange.id,
             account=identity.account if identity else None,
-            key_id=identity.key_id if identity else None,
+            key_id=f"key_{identity.key_id}" if identity else None,
             model=ask.model if ask else None,
             status=exchange.status,
             decision=exchange.decision,
@@ -416,13 +433,14 @@ def _upstream_failure(error: Exception) -> Failure:
     return errors.upstream_timeout() if isinstance(error, UpstreamTimeout) else errors.upstream_unavailable()
 
 
-def _is_error_object(body: bytes) -> bool:
+def _error_of(body: bytes) -> dict[str, object]:
+    """The error object in an upstream's answer, empty where there is none with a message."""
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError:
-        return False
+        return {}
     error = document.get("error") if isinstance(document, dict) else None
-    return isinstance(error, dict) and isinstance(error.get("message"), str)
+    return error if isinstance(error, dict) and isinstance(error.get("message"), str) else {}
 
 
 def _retry_header(answer: UpstreamAnswer) -> dict[str, str]:

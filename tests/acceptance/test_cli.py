@@ -64,9 +64,11 @@ class Command:
         return subprocess.CompletedProcess(ended.args, ended.returncode, out, err)
 
     def run(self, *arguments: str, stdin: str | bytes = b"") -> subprocess.CompletedProcess[str]:
-        """Run a verb on the configuration and the data directory."""
+        """Run a verb on the configuration and the data directory, which the first one is told to be new."""
         where = ("--config", str(self.config), "--data-dir", str(self.data_dir))
-        return self.plain(*arguments, *where, stdin=stdin)
+        ended = self.plain(*arguments, *where, stdin=stdin)
+        ended.stderr = ended.stderr.removeprefix(f"quota-gateway: making a new store in {self.data_dir}\n")
+        return ended
 
     def text(self, *arguments: str, stdin: str | bytes = b"") -> str:
         """The output for people of a verb that does its work."""
@@ -223,7 +225,11 @@ def test_the_plan_of_an_account(command: Command) -> None:
         ),
         (("keys", "create", "nobody"), "there is no account 'nobody'"),
         (("keys", "list", "nobody"), "there is no account 'nobody'"),
-        (("keys", "revoke", "key_0"), "there is no key 'key_0'"),
+        (
+            ("keys", "revoke", "sk-pasted"),
+            "that is not a key's id: give it as `keys list` shows it, key_ and 24 digits",
+        ),
+        (("credits", "grant", "acme", "0"), "the amount must be more than 0"),
         (("credits", "grant", "nobody", "1"), "there is no account 'nobody'"),
         (("credits", "refund", "nobody", "1"), "there is no account 'nobody'"),
         (("credits", "show", "nobody"), "there is no account 'nobody'"),
@@ -237,7 +243,7 @@ def test_unknown_names(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
 ) -> None:
     # In this process, because a dozen starts of a whole command are slow.
-    assert cli.main([*arguments, "--config", str(SHIPPED), "--data-dir", str(tmp_path / "data")]) == 1
+    assert cli.main([*arguments, "--config", str(SHIPPED), "--data-dir", str(tmp_path)]) == 1
     assert capsys.readouterr() == ("", f"quota-gateway: {message}\n")
 
 
@@ -424,10 +430,22 @@ def test_schema_is_json(command: Command) -> None:
 
 
 def test_doctor_finds_nothing_wrong(command: Command) -> None:
+    command.json("accounts", "create", "acme")
     findings = command.json("doctor")["data"]
     assert {"component", "ok", "detail"} == findings[0].keys()
     assert all(finding["ok"] for finding in findings)
     assert re.search(r"^ok +store ", command.text("doctor"), re.M)
+
+
+def test_a_verb_in_the_wrong_directory_does_not_go_unnoticed(command: Command) -> None:
+    elsewhere = command.directory / "elsewhere"
+    where = ("--config", str(command.config), "--data-dir", str(elsewhere))
+    ended = command.plain("doctor", *where)
+    assert (ended.returncode, elsewhere.exists()) == (1, False)
+    assert f"{elsewhere} does not exist" in ended.stdout
+    ended = command.plain("accounts", "create", "acme", *where)
+    assert ended.returncode == 0
+    assert ended.stderr == f"quota-gateway: making a new store in {elsewhere}\n"
 
 
 def test_doctor_finds_a_store_that_is_away(command: Command) -> None:

@@ -1,6 +1,7 @@
 """Crashes of the real gateway process and of its embedded store: what was settled stays, and holds end."""
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -220,6 +221,32 @@ async def test_sigterm_lets_a_stream_end_and_settles_it(
     assert (funds.used, funds.held) == (upstream.cost, 0)
     assert gateway.cli("reservations", "list") == {"data": []}
     assert "Traceback" not in gateway.stderr
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP])
+async def test_a_second_signal_cuts_a_stream_and_charges_what_was_sent(
+    session: aiohttp.ClientSession, gateway: Gateway, upstream: HeldUpstream, first: signal.Signals
+) -> None:
+    upstream.hold()
+    headers = {"Authorization": f"Bearer {gateway.key}", "Content-Type": "application/json"}
+    async with session.post(gateway.base_url + "/chat/completions", data=STREAM, headers=headers) as response:
+        assert b"held" in await response.content.readline()
+        gateway.process.send_signal(first)
+        async with asyncio.timeout(20):
+            while await accepts(gateway):
+                await asyncio.sleep(0.01)
+        async with session.get(gateway.admin_url + "/readyz") as ready:
+            assert ready.status == 503
+            assert (await ready.json())["components"] == {"store": "ok", "gateway": "stopping"}
+        gateway.process.send_signal(signal.SIGINT)
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await response.read()
+    assert await asyncio.to_thread(gateway.wait) == 0
+    funds = funds_of(gateway)
+    assert funds.used > 0
+    assert funds.held == 0
+    (line,) = [line for line in map(json.loads, gateway.stderr.splitlines()) if line["logger"] == "gateway.requests"]
+    assert Decimal(line["cost"]) == funds.used
 
 
 async def accepts(gateway: Gateway) -> bool:
