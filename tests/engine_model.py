@@ -174,7 +174,8 @@ class EngineModel:
         if amount.plan_nano <= free:
             from_allowance, from_balance, covered = amount.plan_nano, 0, amount.payg_nano
         else:
-            by_allowance = _at_list_price(free, plan.rate_ppm)
+            # Callers derive both amounts from one cost; whatever they give, the balance never pays a negative rest.
+            by_allowance = min(amount.payg_nano, _at_list_price(free, plan.rate_ppm))
             from_allowance, from_balance = free, min(balance, amount.payg_nano - by_allowance)
             covered = by_allowance + from_balance
             if covered < minimum_nano:

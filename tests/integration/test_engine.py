@@ -595,7 +595,11 @@ async def test_reservations_of_a_gateway_that_died_are_ended_and_may_still_settl
 ) -> None:
     orphan = await hold(engine, acme, 40_000_000)
     clock.move(1)
-    assert await operator.abandon_orphans() == 1
+    started_ms = await operator.now_ms()
+    mine = await hold(engine, acme, 10_000_000)
+    assert await operator.abandon_orphans(started_ms) == 1
+    assert [one.id for one in await operator.reservations()] == [mine.id]
+    await engine.void(mine)
     assert (await operator.funds(ACCOUNT)).held_nano == 0
     assert (await engine.settle(orphan, 30_000_000 * FEMTO_PER_NANO, "")).from_allowance_nano == 30_000_000
 
