@@ -26,11 +26,11 @@ from gateway.http.errors import Failure, funds_headers
 from gateway.http.exchange import Exchange, cost_fields, credit_headers
 from gateway.http.models import ModelsList
 from gateway.http.quote import METERED, PATHS, Quote, forwarded_body, read_body, read_quote
-from gateway.telemetry.logs import log_request
-from gateway.telemetry.metrics import STORE_UNAVAILABLE, Metrics, Phase
+from gateway.http.reports import Reports
+from gateway.telemetry.metrics import STORE_UNAVAILABLE, Metrics
 from gateway.upstream.client import DeadlinePassed, UpstreamAnswer, UpstreamClient, UpstreamError, UpstreamTimeout
 from gateway.upstream.sse import BrokenStream, EventStream, Overrun
-from gateway.upstream.usage import Usage, exceeds, read_answer
+from gateway.upstream.usage import read_answer
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class Proxy:
         self._engine = engine
         self._client = client
         self._metrics = metrics
+        self._reports = Reports(config, metrics)
         self._models = ModelsList(config.models, config.upstreams, client)
         self._active: set[asyncio.Task[object]] = set()
 
@@ -70,7 +71,7 @@ class Proxy:
             return self._excuse(exchange, error)
         finally:
             self._active.discard(task)
-            self._report(exchange)
+            self._reports.finished(exchange)
 
     async def drain(self, timeout_s: float, hurry: asyncio.Event, settle_s: float) -> None:
         """Let the requests in flight end, for timeout_s or until hurry is set; then cut them, and give what they were
@@ -91,16 +92,16 @@ class Proxy:
         match error:
             case StoreError():
                 log.warning("%s: %s", exchange.id, error)
-                self._decide(exchange, "denied", STORE_UNAVAILABLE)
-                return self._fail(exchange, errors.store_unavailable())
+                self._reports.decide(exchange, "denied", STORE_UNAVAILABLE)
+                return self._reports.fail(exchange, errors.store_unavailable())
             case UnknownPlan():
                 log.error("%s: %s", exchange.id, error)
-                return self._fail(exchange, errors.plan_not_configured(error.plan))
+                return self._reports.fail(exchange, errors.plan_not_configured(error.plan))
             case ConnectionResetError():
                 exchange.reason = "client_closed"
                 return web.Response(status=exchange.status)  # nobody is there to read it
         log.error("%s failed", exchange.id, exc_info=error)
-        return self._fail(exchange, errors.internal_error())
+        return self._reports.fail(exchange, errors.internal_error())
 
     async def _cut(
         self, exchange: Exchange, request: web.BaseRequest, response: web.StreamResponse, error: Exception
@@ -120,13 +121,13 @@ class Proxy:
         path = next((request.path[len(p) :] for p in _PREFIXES if request.path.startswith(p + "/")), "")
         operation = METERED.get(path)
         if operation is None and path != "/models" and not path.startswith("/models/"):
-            return self._fail(exchange, errors.unknown_path(request.method, request.path))
+            return self._reports.fail(exchange, errors.unknown_path(request.method, request.path))
         allowed = "GET" if operation is None else "POST"
         if request.method != allowed:
-            return self._fail(exchange, errors.wrong_method(request.method, allowed))
+            return self._reports.fail(exchange, errors.wrong_method(request.method, allowed))
         identity = await self._authenticate(exchange, request)
         if identity is None:
-            return self._fail(exchange, errors.bad_key())
+            return self._reports.fail(exchange, errors.bad_key())
         if operation is None:
             return await self._list_models(exchange, path)
         return await self._meter(exchange, request, operation, identity)
@@ -136,7 +137,7 @@ class Proxy:
     ) -> web.StreamResponse:
         quote = await self._quote(exchange, request, operation)
         if isinstance(quote, Failure):
-            return self._fail(exchange, quote)
+            return self._reports.fail(exchange, quote)
         reservation = await self._reserve(exchange, identity, quote)
         if isinstance(reservation, web.Response):
             return reservation
@@ -152,7 +153,7 @@ class Proxy:
         started = time.perf_counter()
         secret = _secret_of(request.headers)
         exchange.identity = await self._engine.authenticate(secret) if secret else None
-        self._spent(exchange, "authenticate", started)
+        self._reports.spent(exchange, "authenticate", started)
         return exchange.identity
 
     # --- quote --------------------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ class Proxy:
         except InvalidRequest as error:
             return errors.invalid_body(error)
         exchange.ask = quote.ask if isinstance(quote, Quote) else None
-        self._spent(exchange, "quote", started)
+        self._reports.spent(exchange, "quote", started)
         return quote
 
     # --- reserve ------------------------------------------------------------------------------------------------
@@ -185,15 +186,15 @@ class Proxy:
             worst_femto(bound, model, least_output(bound)),
             upstream.total_timeout_ms + LEASE_MARGIN_MS,
         )
-        self._spent(exchange, "reserve", started)
+        self._reports.spent(exchange, "reserve", started)
         if isinstance(outcome, Refused):
-            return self._fail(exchange, errors.bad_key())
+            return self._reports.fail(exchange, errors.bad_key())
         if isinstance(outcome, Denied):
             failure = errors.denied(outcome, self._config.plans[outcome.funds.plan], bound, model)
-            self._decide(exchange, "denied", failure.code, outcome.funds.plan)
-            return self._fail(exchange, failure, funds_headers(outcome.funds))
+            self._reports.decide(exchange, "denied", failure.code, outcome.funds.plan)
+            return self._reports.fail(exchange, failure, funds_headers(outcome.funds))
         exchange.reservation = outcome
-        self._decide(exchange, "admitted", outcome.reserved.source, outcome.plan.name)
+        self._reports.decide(exchange, "admitted", outcome.reserved.source, outcome.plan.name)
         return outcome
 
     # --- forward ------------------------------------------------------------------------------------------------
@@ -209,7 +210,7 @@ class Proxy:
         quote = replace(quote, bound=replace(quote.bound, output_tokens_each=affordable))
         body = forwarded_body(quote, upstream)
         path = PATHS[quote.ask.operation]
-        self._spent(exchange, "forward", started)
+        self._reports.spent(exchange, "forward", started)
         self._metrics.upstream_started(upstream.name)
         try:
             async with self._client.send(upstream, "POST", path, request.headers, body) as answer:
@@ -220,16 +221,16 @@ class Proxy:
                 return await self._whole(exchange, quote, answer)
         except UpstreamError as error:
             log.warning("%s: upstream %s: %s", exchange.id, upstream.name, error)
-            return self._fail(exchange, _upstream_failure(error))
+            return self._reports.fail(exchange, _upstream_failure(error))
         finally:
             self._metrics.upstream_ended(upstream.name)
 
     async def _pass_error(self, exchange: Exchange, answer: UpstreamAnswer) -> web.Response:
         if answer.status in (401, 402, 403):  # about the operator's key or credits, not the customer's
             log.error("%s: the upstream refuses the gateway's key (status %d)", exchange.id, answer.status)
-            return self._fail(exchange, errors.upstream_auth())
+            return self._reports.fail(exchange, errors.upstream_auth())
         if answer.status < 400:
-            return self._fail(exchange, errors.upstream_unavailable())
+            return self._reports.fail(exchange, errors.upstream_unavailable())
         body = await answer.body(_MOST_ERROR_BYTES)
         exchange.reason = "upstream_error"
         failure = errors.upstream_error(answer.status, _error_of(body))
@@ -240,8 +241,8 @@ class Proxy:
         read = read_answer(body, quote.ask.operation)
         if read is None:
             log.warning("%s: the upstream's answer is not a JSON object", exchange.id)
-            return self._fail(exchange, errors.upstream_unavailable())
-        self._watch_overrun(exchange, quote, read.usage)
+            return self._reports.fail(exchange, errors.upstream_unavailable())
+        self._reports.watch_overrun(exchange, quote, read.usage)
         await self._settle(exchange, quote.model, read.tokens(quote.ask, quote.bound))
         headers = credit_headers(exchange)
         return web.Response(body=body, headers={**headers, "Content-Type": _content_type(answer)})
@@ -260,7 +261,7 @@ class Proxy:
         )
         try:
             failure = await self._relay(exchange, request, response, events, answer)
-            self._watch_overrun(exchange, quote, events.usage)
+            self._reports.watch_overrun(exchange, quote, events.usage)
             if failure is None and events.failed and not events.error_shown:
                 failure = errors.upstream_unavailable()
             if failure is not None:
@@ -324,18 +325,12 @@ class Proxy:
         self, exchange: Exchange, response: web.StreamResponse, failure: Failure
     ) -> web.StreamResponse:
         if not response.prepared:
-            return self._fail(exchange, failure)
+            return self._reports.fail(exchange, failure)
         # The SDKs take a clean end without [DONE] for success: the stream must end in an error that they see.
         exchange.reason = failure.code
         await _write(response, failure.event(exchange.id))
         await response.write_eof()
         return response
-
-    def _watch_overrun(self, exchange: Exchange, quote: Quote, usage: Usage | None) -> None:
-        """The customer pays no more than was reserved; what the operator may be billed beyond that is never silent."""
-        if usage is not None and exceeds(usage, quote.bound):
-            log.error("%s: %s reports %s, more than the bound %s", exchange.id, quote.model.name, usage, quote.bound)
-            self._metrics.overrun(quote.model.upstream)
 
     # --- settle -------------------------------------------------------------------------------------------------
 
@@ -352,7 +347,7 @@ class Proxy:
             log.warning("%s: the settlement is put off: %s", exchange.id, error)
         except EngineError as error:
             log.error("%s: the settlement is impossible: %s", exchange.id, error)
-        self._spent(exchange, "settle", started)
+        self._reports.spent(exchange, "settle", started)
 
     # --- models -------------------------------------------------------------------------------------------------
 
@@ -360,55 +355,9 @@ class Proxy:
         name = path.removeprefix("/models").removeprefix("/")
         body = await self._models.one(name) if name else await self._models.all()
         if body is None:
-            return self._fail(exchange, errors.unknown_model(name))
+            return self._reports.fail(exchange, errors.unknown_model(name))
         headers = {"x-request-id": exchange.id, "request-id": exchange.id}
         return web.Response(body=body, content_type="application/json", headers=headers)
-
-    # --- reports ------------------------------------------------------------------------------------------------
-
-    def _fail(self, exchange: Exchange, failure: Failure, headers: Mapping[str, str] | None = None) -> web.Response:
-        exchange.status = failure.status
-        exchange.reason = exchange.reason or failure.code
-        return failure.response(exchange.id, headers)
-
-    def _spent(self, exchange: Exchange, phase: Phase, started: float) -> None:
-        seconds = time.perf_counter() - started
-        exchange.overhead_s += seconds
-        self._metrics.overhead(phase, seconds)
-
-    def _decide(self, exchange: Exchange, decision: str, reason: str, plan: str = "other") -> None:
-        exchange.decision, exchange.reason = decision, reason if decision == "denied" else None
-        self._metrics.decided("admitted" if decision == "admitted" else "denied", reason, plan)
-
-    def _report(self, exchange: Exchange) -> None:
-        now = time.perf_counter()
-        ask, reservation, identity = exchange.ask, exchange.reservation, exchange.identity
-        settlement = exchange.settlement
-        first_byte_s = None if exchange.first_byte is None else exchange.first_byte - exchange.started
-        if ask is not None and settlement is not None:
-            self._metrics.request_finished(
-                ask.operation,
-                ask.model,
-                self._config.models[ask.model].upstream,
-                now - exchange.started,
-                exchange.tokens.input,
-                exchange.tokens.output,
-                first_byte_s,
-            )
-        log_request(
-            request_id=exchange.id,
-            account=identity.account if identity else None,
-            key_id=f"key_{identity.key_id}" if identity else None,
-            model=ask.model if ask else None,
-            status=exchange.status,
-            decision=exchange.decision,
-            reason=exchange.reason,
-            reserved_nano=reservation.reserved.held_nano if reservation else None,
-            cost_nano=settlement.cost_nano if settlement else None,
-            seconds=now - exchange.started,
-            overhead_seconds=exchange.overhead_s,
-            first_token_seconds=first_byte_s,
-        )
 
 
 def _secret_of(headers: Mapping[str, str]) -> str | None:

@@ -1,0 +1,79 @@
+"""What the gateway says of a request besides answering it: the log line, the metrics, the error's body."""
+
+import logging
+import time
+from collections.abc import Mapping
+
+from aiohttp import web
+
+from gateway.config.model import GatewayConfig
+from gateway.http.errors import Failure
+from gateway.http.exchange import Exchange
+from gateway.http.quote import Quote
+from gateway.telemetry.logs import log_request
+from gateway.telemetry.metrics import Metrics, Phase
+from gateway.upstream.usage import Usage, exceeds
+
+log = logging.getLogger(__name__)
+
+
+class Reports:
+    """Keeps an Exchange's story and tells it at the end."""
+
+    def __init__(self, config: GatewayConfig, metrics: Metrics) -> None:
+        self._config = config
+        self._metrics = metrics
+
+    def fail(self, exchange: Exchange, failure: Failure, headers: Mapping[str, str] | None = None) -> web.Response:
+        """The error's answer; noted for the log."""
+        exchange.status = failure.status
+        exchange.reason = exchange.reason or failure.code
+        return failure.response(exchange.id, headers)
+
+    def spent(self, exchange: Exchange, phase: Phase, started: float) -> None:
+        """Add the time since started (time.perf_counter) to the gateway's own part of the request."""
+        seconds = time.perf_counter() - started
+        exchange.overhead_s += seconds
+        self._metrics.overhead(phase, seconds)
+
+    def decide(self, exchange: Exchange, decision: str, reason: str, plan: str = "other") -> None:
+        """Note whether the request was admitted. reason: the error's code, or where its credits come from."""
+        exchange.decision, exchange.reason = decision, reason if decision == "denied" else None
+        self._metrics.decided("admitted" if decision == "admitted" else "denied", reason, plan)
+
+    def finished(self, exchange: Exchange) -> None:
+        """Write the log line, and the metrics of a request that was charged."""
+        now = time.perf_counter()
+        ask, reservation, identity = exchange.ask, exchange.reservation, exchange.identity
+        settlement = exchange.settlement
+        first_byte_s = None if exchange.first_byte is None else exchange.first_byte - exchange.started
+        if ask is not None and settlement is not None:
+            self._metrics.request_finished(
+                ask.operation,
+                ask.model,
+                self._config.models[ask.model].upstream,
+                now - exchange.started,
+                exchange.tokens.input,
+                exchange.tokens.output,
+                first_byte_s,
+            )
+        log_request(
+            request_id=exchange.id,
+            account=identity.account if identity else None,
+            key_id=f"key_{identity.key_id}" if identity else None,
+            model=ask.model if ask else None,
+            status=exchange.status,
+            decision=exchange.decision,
+            reason=exchange.reason,
+            reserved_nano=reservation.reserved.held_nano if reservation else None,
+            cost_nano=settlement.cost_nano if settlement else None,
+            seconds=now - exchange.started,
+            overhead_seconds=exchange.overhead_s,
+            first_token_seconds=first_byte_s,
+        )
+
+    def watch_overrun(self, exchange: Exchange, quote: Quote, usage: Usage | None) -> None:
+        """The customer pays no more than was reserved; what the operator may be billed beyond that is never silent."""
+        if usage is not None and exceeds(usage, quote.bound):
+            log.error("%s: %s reports %s, more than the bound %s", exchange.id, quote.model.name, usage, quote.bound)
+            self._metrics.overrun(quote.model.upstream)
