@@ -94,7 +94,10 @@ class EventStream:
     def end(self) -> bytes:
         """The upstream closed the connection: what is left counts as an event, even without its blank line."""
         left, self._parts = b"".join(self._parts), []
-        return self._pass_on(left)
+        if _DONE.search(left):
+            return self._pass_on(left)
+        # An error will follow: behind half an event, or without a blank line between, it would be read as part of it.
+        return b"" if _json_of(left) is None else self._pass_on(left.rstrip(b"\r\n") + b"\n\n")
 
     def _keep(self, piece: bytes) -> None:
         if self._parts and len(self._parts[-1]) < _SEAM_BYTES:
@@ -134,13 +137,17 @@ class EventStream:
             return b""
         if self._held or b"usage" in block or b"[DONE]" in block or b'"error"' in block:
             block = b"".join([self._follow(event) for event in _split(block)])
-        for text in self._outputs(block):
-            if text:
-                self._output_events += 1
-                self._output_bytes += len(text)
+        else:
+            self._count(block)
         if self._output_events > 2 * self._bound.tokens(self._bound.output_tokens_each).output + _SPARE_EVENTS:
             self._overran = True  # said with the next piece, so that this one is handed out before it is charged
         return block
+
+    def _count(self, events: bytes) -> None:
+        for text in self._outputs(events):
+            if text:
+                self._output_events += 1
+                self._output_bytes += len(text)
 
     def _outputs(self, block: bytes) -> list[bytes]:
         if self._ask.operation != "chat":
@@ -156,6 +163,7 @@ class EventStream:
             self.done = True
             self._tail = event
             return b""
+        self._count(event)  # now, because one that is kept back may be the whole answer
         if self._held and b"data:" not in event:
             self._held_with += event  # a comment does not part the usage from the end
             return b""

@@ -399,8 +399,26 @@ def test_the_last_event_needs_no_blank_line(end: bytes) -> None:
     assert events.closing(None) == b"data: [DONE]" + end
 
 
-def test_half_an_event_is_handed_out_at_the_end() -> None:
+def test_an_answer_in_one_event_with_its_usage_is_paid() -> None:
+    document = {
+        "choices": [{"index": 0, "delta": {"role": "assistant", "content": "All of it"}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
+    }
     events = stream_of()
-    assert events.feed(event(words("a")) + b'data: {"choi') == event(words("a"))
-    assert events.end() == b'data: {"choi'
+    assert events.feed(event(document) + b"data: [DONE]\n\n") == b""
+    assert events.tokens(complete=True) == Tokens(3, 2)
+    assert events.closing(None).startswith(event(document)[:20])
+
+
+def test_half_an_event_at_the_end_is_not_passed_on() -> None:
+    events = stream_of()
+    whole = event(words("a"))
+    assert events.feed(whole + b'data: {"choices": [{"delta": {"content": "b') == whole
+    assert events.end() == b""
     assert not events.done
+
+
+def test_a_whole_event_at_the_end_is_closed_before_an_error_follows() -> None:
+    events = stream_of()
+    assert events.feed(event(words("a")).rstrip()) == b""
+    assert events.end() == event(words("a"))
