@@ -270,8 +270,7 @@ class Proxy:
                 await self._settle(exchange, quote.model, events.tokens(complete=True))
             if not response.prepared:
                 await response.prepare(request)
-            await _write(response, events.closing(cost_fields(exchange.settlement)))
-            await response.write_eof()
+            await _write(response, events.closing(cost_fields(exchange.settlement)), last=True)
         except (asyncio.CancelledError, ConnectionResetError):
             # The client hung up: leaving the block stops the upstream; what was sent is paid for.
             if not exchange.ended and events.has_output and not events.failed:
@@ -328,8 +327,7 @@ class Proxy:
             return self._reports.fail(exchange, failure)
         # The SDKs take a clean end without [DONE] for success: the stream must end in an error that they see.
         exchange.reason = failure.code
-        await _write(response, failure.event(exchange.id))
-        await response.write_eof()
+        await _write(response, failure.event(exchange.id), last=True)
         return response
 
     # --- settle -------------------------------------------------------------------------------------------------
@@ -369,11 +367,13 @@ def _secret_of(headers: Mapping[str, str]) -> str | None:
     return headers.get("x-api-key") or headers.get("token") or None
 
 
-async def _write(response: web.StreamResponse, block: bytes) -> None:
+async def _write(response: web.StreamResponse, block: bytes, *, last: bool = False) -> None:
     """Write, but do not wait for ever for a client that does not read: it counts as gone."""
     try:
         async with asyncio.timeout(_CLIENT_STALL_S):
             await response.write(block)
+            if last:
+                await response.write_eof()
     except TimeoutError:
         raise ConnectionResetError("the client does not read") from None
 
