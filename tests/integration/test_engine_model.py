@@ -473,13 +473,13 @@ def _outcome(call: Callable[[], T]) -> T | EngineError:
         return error
 
 
-def _run(valkey: TimedServer, examples: int, steps: int, *, derandomize: bool) -> None:
+def _run(valkey: TimedServer, examples: int, steps: int) -> None:
     run_state_machine_as_test(
         cast(type[RuleBasedStateMachine], lambda: EngineMachine(valkey)),  # it only calls it
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,
-            derandomize=derandomize,
+            derandomize=True,  # the gate must not fail by chance: a new example is looked for on purpose
             print_blob=True,
             suppress_health_check=list(HealthCheck),
         ),
@@ -488,10 +488,10 @@ def _run(valkey: TimedServer, examples: int, steps: int, *, derandomize: bool) -
 
 @pytest.mark.timeout(600)  # a failure is made small before it is shown
 def test_the_scripts_answer_as_the_model_does(valkey: TimedServer) -> None:
-    _run(valkey, 200, 50, derandomize=True)
+    _run(valkey, 200, 50)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_the_scripts_answer_as_the_model_does_for_minutes(valkey: TimedServer) -> None:
-    _run(valkey, 1500, 50, derandomize=False)
+    _run(valkey, 1000, 50)
