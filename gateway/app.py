@@ -5,16 +5,21 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aiohttp import web
 
-from gateway.config.model import Address, GatewayConfig, Secret
+from gateway.config.model import Address, GatewayConfig, Secret, Upstream
+from gateway.config.watch import LiveConfig
+from gateway.credits.archive import Archive
+from gateway.credits.archiver import archiving
+from gateway.credits.auditor import Auditor, auditing
 from gateway.credits.embedded import EmbeddedStore, EmbeddedStoreError, running_url
 from gateway.credits.errors import StoreError
+from gateway.credits.journal import Journal
 from gateway.credits.operator import Operator
 from gateway.credits.reaper import reap
 from gateway.credits.service import CreditEngine
@@ -47,39 +52,53 @@ class ListenError(Exception):
     """A listener's address cannot be had; the text names the address, the cause and the setting."""
 
 
-async def serve(config: GatewayConfig) -> None:
+async def serve(config: GatewayConfig, read: Callable[[], GatewayConfig]) -> None:
     """Run the gateway until SIGTERM or SIGINT. Requests in flight are drained and settled before it returns.
 
-    Raises EmbeddedStoreError, StoreError and ListenError where it cannot start.
+    read: reads the configuration again, as config was read; called in a thread when its files change. Raises
+    EmbeddedStoreError, StoreError, ArchiveError, JournalError and ListenError where it cannot start.
     """
     stop, hurry = _stop_signals()
     async with AsyncExitStack() as stack:
         metrics = Metrics(config.plans, config.models)
         store = await stack.enter_async_context(_store(config, metrics, serving=True))
-        engine = CreditEngine(store, config.plans, config.default_plan, metrics)
+        archive = Archive(config.archive.url, config.store.data_dir)
+        await stack.enter_async_context(archiving(store, archive, metrics))
+        journal = Journal(config.store.data_dir / "journal")
+        await journal.open()
+        stack.push_async_callback(journal.close)
+        engine = CreditEngine(store, config.plans, config.default_plan, metrics, journal)
         metrics.watch_reservations_open(lambda: engine.open_reservations)
         stack.push_async_callback(_settle_all, engine)
         await stack.enter_async_context(_running(reap(engine)))
+        await stack.enter_async_context(_running(engine.keep_leases()))
+        if left := await engine.replay():
+            log.warning("telling the store of %d settlements that another gateway left in its journal", left)
         operator = Operator(store, config.plans, config.default_plan)
         secret = await _first_key(config, operator)
         if config.store.embedded:
             await stack.enter_async_context(_running(_abandon_orphans(operator, await operator.now_ms())))
-        if config.demo:
-            log.warning(
-                "no upstream has a key (%s): the demo model answers and is charged", ", ".join(config.upstreams)
-            )
-        served = await stack.enter_async_context(_with_demo(config)) if config.demo else config
+        demo = _Demo(stack)
         client = UpstreamClient()
         stack.push_async_callback(client.close)
-        proxy = Proxy(served, engine, client, metrics)
+        proxy = Proxy(await demo.served(config), engine, client, metrics)
+
+        async def apply(fresh: GatewayConfig) -> None:
+            served = await demo.served(fresh)
+            # Without an await between them: a request sees all of the old configuration or all of the new one.
+            engine.use(fresh.plans, fresh.default_plan)
+            metrics.use(fresh.plans, fresh.models)
+            proxy.use(served)
+
+        live = LiveConfig(config, read, apply, metrics.config_reloaded)
         health = Health({"store": _store_check(store), "gateway": _running_check(stop)})
-        admin_server = admin_app(health, metrics, config.admin.token)
+        admin_server = admin_app(health, metrics, lambda: live.config.admin.token, live.reload)
         admin = web.AppRunner(admin_server, shutdown_timeout=1, access_log=None)
         admin_address = await _listen(stack, admin, config.admin.listen, "admin.listen")
         server = web.Server(proxy.handle, handler_cancellation=True, access_log=None)
         data = web.ServerRunner(server, shutdown_timeout=1)
         address = await _listen(stack, data, config.listen, "listen")
-        metrics.config_reloaded(True)
+        await stack.enter_async_context(_running(live.follow()))
         print(_welcome(config, address, admin_address, secret), flush=True)
         await stop.wait()
         log.info("stopping: requests in flight have %d s; a second signal cuts them", DRAIN_S)
@@ -100,6 +119,16 @@ def _stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, heed)
     return stop, hurry
+
+
+@asynccontextmanager
+async def audit_session(config: GatewayConfig) -> AsyncIterator[Auditor]:
+    """The ledger's readers, on the same store as ``operator_session`` and on the archive. Raises ArchiveError."""
+    async with (
+        _store(config, Metrics(config.plans, config.models), serving=False) as store,
+        auditing(store, config.archive.url, config.store.data_dir) as auditor,
+    ):
+        yield auditor
 
 
 @asynccontextmanager
@@ -205,15 +234,31 @@ def _say_if_new(data_dir: Path) -> None:
         print(f"quota-gateway: making a new store in {data_dir.resolve()}", file=sys.stderr)
 
 
-@asynccontextmanager
-async def _with_demo(config: GatewayConfig) -> AsyncIterator[GatewayConfig]:
-    """The configuration with every upstream replaced by the demo model."""
-    async with DemoUpstream(list(config.models)) as demo:
-        upstreams = {
-            name: replace(upstream, base_url=demo.base_url, api_key=Secret("demo"))
-            for name, upstream in config.upstreams.items()
-        }
-        yield replace(config, upstreams=upstreams)
+class _Demo:
+    """Stands in for all upstreams while none has a key.
+
+    A model that it does not know takes another demo server; the one before runs on for the requests in flight.
+    """
+
+    def __init__(self, stack: AsyncExitStack) -> None:
+        self._stack = stack
+        self._server: DemoUpstream | None = None
+        self._models: frozenset[str] = frozenset()
+
+    async def served(self, config: GatewayConfig) -> GatewayConfig:
+        """The configuration to serve by: itself, or with every upstream replaced by the demo model."""
+        if not config.demo:
+            return config
+        log.warning("no upstream has a key (%s): the demo model answers and is charged", ", ".join(config.upstreams))
+        if self._server is None or not self._models.issuperset(config.models):
+            self._models |= frozenset(config.models)
+            self._server = await self._stack.enter_async_context(DemoUpstream(sorted(self._models)))
+        base_url = self._server.base_url
+
+        def stand_in(upstream: Upstream) -> Upstream:
+            return replace(upstream, base_url=base_url, api_key=Secret("demo"))
+
+        return replace(config, upstreams={name: stand_in(upstream) for name, upstream in config.upstreams.items()})
 
 
 @asynccontextmanager

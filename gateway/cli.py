@@ -12,8 +12,9 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Never, TypeVar
+from typing import TYPE_CHECKING, Any, Never, TextIO, TypeVar
 
 from gateway import __version__
 from gateway.config.problem import ConfigError
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 PROBE_TIMEOUT_S = 3.0
 #: The longest secret is 256 characters; no more of a wrong file is read than shows that it is wrong.
 _SECRET_FILE_BYTES = 1024
+#: What ``ledger tail`` prints at most: it is held in memory.
+_MOST_LINES = 10_000
 
 T = TypeVar("T")
 
@@ -83,7 +86,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_accounts(_group(verbs.add_parser("accounts", help="who pays: create, show, list, set-plan")))
     _add_keys(_group(verbs.add_parser("keys", help="what clients send: create, list, revoke")))
-    _add_credits(_group(verbs.add_parser("credits", help="what is paid with: grant, refund, show")))
+    _add_credits(_group(verbs.add_parser("credits", help="what is paid with: grant, refund, deduct, show")))
+    _add_ledger(_group(verbs.add_parser("ledger", help="every movement of credits: tail, export, verify")))
     _add_reservations(_group(verbs.add_parser("reservations", help="what requests in flight hold: list, void")))
     return parser
 
@@ -105,28 +109,64 @@ def _add_keys(group: Any) -> None:
     create = _operator_verb(group, "keys create", "make a key and print its secret once", account=True)
     create.add_argument("--name", type=_checked(check_key_name), help="for people to tell keys apart")
     create.add_argument("--secret-file", metavar="FILE", help="import the secret in this file, - for standard input")
+    create.add_argument(
+        "--source", choices=("api", "chat"), default="api", help="what it is for, in the ledger (default: %(default)s)"
+    )
     _operator_verb(group, "keys list", "an account's keys, without secrets", account=True)
     _add_id(_operator_verb(group, "keys revoke", "end a key at once"))
 
 
 def _add_credits(group: Any) -> None:
-    for kind, purpose in (("grant", "add prepaid credits"), ("refund", "give back what the balance was charged")):
+    purposes = {
+        "grant": "add prepaid credits",
+        "refund": "give back what the balance was charged, or with --request what one request was charged",
+        "deduct": "take prepaid credits away",
+    }
+    for kind, purpose in purposes.items():
         verb = _operator_verb(group, f"credits {kind}", purpose, account=True)
         verb.set_defaults(kind=kind)
-        verb.add_argument("amount", metavar="AMOUNT", type=_checked(parse_credits), help="credits, such as 12.50")
+        amount: dict[str, Any] = {"metavar": "AMOUNT", "type": _checked(parse_credits)}
+        amount["help"] = "credits, such as 12.50"
+        if kind == "refund":
+            what = verb.add_mutually_exclusive_group(required=True)
+            what.add_argument("amount", nargs="?", **amount)
+            what.add_argument(
+                "--request", metavar="ID", help="a request of the last 24 h, req_… or rsv_…: all of it, to its sources"
+            )
+        else:
+            verb.add_argument("amount", **amount)
         _add_operation_id(verb)
         verb.add_argument("--reason", type=_checked(check_reason), default="", metavar="TEXT", help="for the ledger")
     _operator_verb(group, "credits show", "an account's allowance and balance", account=True)
 
 
 def _add_reservations(group: Any) -> None:
-    listing = _operator_verb(group, "reservations list", "open reservations, of one account or all")
-    listing.add_argument("account", metavar="ACCOUNT", nargs="?", type=_checked(check_account_name))
+    _add_optional_account(_operator_verb(group, "reservations list", "open reservations, of one account or all"))
     _add_id(
         _operator_verb(
             group, "reservations void", "give a reservation's hold back; the answer of a request in flight is then free"
         )
     )
+
+
+def _add_ledger(group: Any) -> None:
+    tail = _ledger_verb(group, "ledger tail", "an account's latest entries, oldest first")
+    tail.add_argument("account", metavar="ACCOUNT", type=_checked(check_account_name))
+    tail.add_argument(
+        "-n", "--lines", type=_lines, default=20, metavar="N", help="how many, 0 to 10000 (default: %(default)s)"
+    )
+    tail.add_argument("--follow", action="store_true", help="go on with new entries as they are made")
+    _add_json(tail)
+    export = _ledger_verb(group, "ledger export", "all entries, of one account or all; those of an account in order")
+    _add_optional_account(export)
+    export.add_argument("--format", choices=("jsonl", "csv"), default="jsonl", help="default: %(default)s")
+    moment = "such as 2027-03-10 or 2027-03-10T12:30:00Z"
+    export.add_argument("--since", type=_checked(_moment), metavar="TIME", help=f"entries from then on, {moment}")
+    export.add_argument("--until", type=_checked(_moment), metavar="TIME", help="entries before then")
+    export.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
+    verify = _ledger_verb(group, "ledger verify", "sum the ledger up and compare; exit 1 when something does not agree")
+    _add_optional_account(verify)
+    _add_json(verify)
 
 
 def _add_gateway_verbs(verbs: Any) -> None:
@@ -162,6 +202,17 @@ def _operator_verb(group: Any, verb: str, purpose: str, *, account: bool = False
     _add_data_dir(parser)
     _add_json(parser)
     return parser
+
+
+def _ledger_verb(group: Any, verb: str, purpose: str) -> argparse.ArgumentParser:
+    parser = _verb(group, verb.split()[1], _ledger, purpose)
+    parser.set_defaults(verb=verb)
+    _add_data_dir(parser)
+    return parser
+
+
+def _add_optional_account(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("account", metavar="ACCOUNT", nargs="?", type=_checked(check_account_name))
 
 
 def _add_data_dir(parser: argparse.ArgumentParser) -> None:
@@ -219,6 +270,21 @@ def _version(text: str) -> int:
     return int(text)
 
 
+def _lines(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > _MOST_LINES:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number of entries from 0 to {_MOST_LINES}")
+    return int(text)
+
+
+def _moment(text: str) -> int:
+    """Milliseconds since 1970; without a time zone it is UTC."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"{text[:40]!r} is not a time such as 2027-03-10 or 2027-03-10T12:30:00Z") from None
+    return round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
+
+
 def _workers(text: str) -> int:
     if text != "1":
         raise argparse.ArgumentTypeError("the gateway runs as 1 process so far; several workers will come later")
@@ -244,6 +310,7 @@ def _config(args: argparse.Namespace) -> "GatewayConfig":
 
 def _serve(args: argparse.Namespace) -> int:
     from gateway import app  # noqa: PLC0415
+    from gateway.credits.journal import JournalError  # noqa: PLC0415
     from gateway.telemetry.logs import setup_logging  # noqa: PLC0415
 
     try:
@@ -256,8 +323,8 @@ def _serve(args: argparse.Namespace) -> int:
     setup_logging("info")
     try:
         with asyncio.Runner(loop_factory=new_loop) as runner:
-            runner.run(app.serve(config))
-    except app.ListenError as error:
+            runner.run(app.serve(config, lambda: _config(args)))
+    except (app.ListenError, JournalError) as error:
         raise CommandError(str(error)) from error
     return 0
 
@@ -326,12 +393,34 @@ def _operate(args: argparse.Namespace) -> int:
         from gateway import app  # noqa: PLC0415
 
         async with app.operator_session(config) as operator:
-            return await VERBS[args.verb](operator, config.plans, args)
+            return await VERBS[args.verb](operator, args)
 
     try:
         return _print(asyncio.run(run()), args)
     except UnknownPlan as error:
         raise CommandError(f"{error}, which has {', '.join(config.plans)}") from error
+
+
+def _ledger(args: argparse.Namespace) -> int:
+    """Run a verb that reads the ledger; it prints as it goes."""
+    from gateway.verbs import LEDGER_VERBS  # noqa: PLC0415
+
+    config = _config(args)
+    path: Path | None = getattr(args, "output", None)
+
+    async def run(output: TextIO) -> bool:
+        from gateway import app  # noqa: PLC0415
+
+        async with app.audit_session(config) as auditor:
+            return await LEDGER_VERBS[args.verb](auditor, args, output)
+
+    if path is None:
+        return 0 if asyncio.run(run(sys.stdout)) else 1
+    try:
+        with path.open("w", encoding="utf-8", newline="") as file:  # csv has line ends of its own
+            return 0 if asyncio.run(run(file)) else 1
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _print(answer: "Answer", args: argparse.Namespace) -> int:

@@ -1,15 +1,16 @@
 """What the operator's verbs answer: a document for programs (``--json``) and the same as text for people."""
 
+import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TextIO
 
+from gateway.credits.auditor import Audit
+from gateway.credits.ledger import Entry
 from gateway.credits.operator import ApiKey, OpenReservation
-from gateway.domain.decision import Funds
+from gateway.domain.decision import Funds, WindowFunds
 from gateway.domain.money import format_credits
-from gateway.domain.plan import Plan
-from gateway.domain.window import window_at
 from gateway.http.errors import rfc3339
 
 _GAP = "  "
@@ -43,37 +44,65 @@ def pairs(values: Mapping[str, str]) -> str:
     return "\n".join(f"{name.ljust(width)}{_GAP}{value}".rstrip() for name, value in values.items())
 
 
-def funds_document(account: str, funds: Funds, plans: Mapping[str, Plan]) -> dict[str, Any]:
-    """An account's credits, amounts as decimal strings. window, resets_at: None on a plan without an allowance."""
-    allowance = plans[funds.plan].allowance
+def funds_document(account: str, funds: Funds) -> dict[str, Any]:
+    """An account's credits, amounts as decimal strings. allowance: the window that decides, and in windows all of
+    them. window, resets_at: None on a plan without an allowance."""
+    tightest = funds.tightest
     return {
         "account": account,
         "plan": funds.plan,
         "allowance": {
-            "granted": format_credits(funds.granted_nano),
-            "used": format_credits(funds.used_nano),
-            "held": format_credits(funds.held_nano),
-            "remaining": format_credits(funds.allowance_remaining_nano),
-            "window": window_at(allowance, funds.now_ms).number if allowance else None,
+            **_window_document(tightest),
+            "window": funds.now_ms // tightest.refresh_ms if funds.windows else None,
             "resets_at": _time_or_none(funds.resets_at_ms),
         },
+        "windows": [
+            {
+                "refresh": duration(window.refresh_ms),
+                **_window_document(window),
+                "resets_at": rfc3339(window.resets_at_ms),
+            }
+            for window in funds.windows
+        ],
         "balance": format_credits(funds.balance_nano),
         "balance_held": format_credits(funds.balance_held_nano),
     }
 
 
+def _window_document(window: WindowFunds) -> dict[str, str]:
+    return {
+        "granted": format_credits(window.granted_nano),
+        "used": format_credits(window.used_nano),
+        "held": format_credits(window.held_nano),
+        "remaining": format_credits(window.remaining_nano),
+    }
+
+
+def duration(span_ms: int) -> str:
+    """A window's length as the configuration writes it: ``24h``, ``90m``, else in milliseconds."""
+    for unit, unit_ms in (("h", 3_600_000), ("m", 60_000), ("s", 1000)):
+        if span_ms % unit_ms == 0:
+            return f"{span_ms // unit_ms}{unit}"
+    return f"{span_ms}ms"
+
+
 def funds_lines(account: str, funds: Funds) -> dict[str, str]:
     """The same for people, as ``pairs`` takes it."""
-    return {"account": account, "plan": funds.plan, "allowance": _allowance(funds), "balance": _balance(funds)}
+    allowances = {"allowance": "none"}
+    if len(funds.windows) == 1:
+        allowances = {"allowance": _allowance(funds.windows[0], funds.now_ms)}
+    elif funds.windows:
+        allowances = {
+            f"allowance, {duration(window.refresh_ms)}": _allowance(window, funds.now_ms) for window in funds.windows
+        }
+    return {"account": account, "plan": funds.plan, **allowances, "balance": _balance(funds)}
 
 
-def _allowance(funds: Funds) -> str:
-    if funds.resets_at_ms is None:
-        return "none"
-    left = f"{format_credits(funds.allowance_remaining_nano)} of {format_credits(funds.granted_nano)} left"
-    spent = f"{format_credits(funds.used_nano)} used, {format_credits(funds.held_nano)} held"
-    minutes = -(-max(0, funds.resets_at_ms - funds.now_ms) // 60_000)
-    return f"{left} ({spent}); resets {rfc3339(funds.resets_at_ms)}, in {minutes // 60} h {minutes % 60} min"
+def _allowance(window: WindowFunds, now_ms: int) -> str:
+    left = f"{format_credits(window.remaining_nano)} of {format_credits(window.granted_nano)} left"
+    spent = f"{format_credits(window.used_nano)} used, {format_credits(window.held_nano)} held"
+    minutes = -(-max(0, window.resets_at_ms - now_ms) // 60_000)
+    return f"{left} ({spent}); resets {rfc3339(window.resets_at_ms)}, in {minutes // 60} h {minutes % 60} min"
 
 
 def _balance(funds: Funds) -> str:
@@ -81,7 +110,7 @@ def _balance(funds: Funds) -> str:
     return f"{format_credits(funds.balance_nano)}{held}"
 
 
-def accounts_answer(entries: Sequence[tuple[str, Funds | str]], plans: Mapping[str, Plan]) -> Answer:
+def accounts_answer(entries: Sequence[tuple[str, Funds | str]]) -> Answer:
     """Every account with its funds, or with the reason why they are not to be had."""
     documents, rows = [], []
     for account, funds in entries:
@@ -89,7 +118,7 @@ def accounts_answer(entries: Sequence[tuple[str, Funds | str]], plans: Mapping[s
             documents.append({"account": account, "error": funds})
             rows.append((account, "?", "?", f"? ({funds})"))
             continue
-        documents.append(funds_document(account, funds, plans))
+        documents.append(funds_document(account, funds))
         left = "none" if funds.resets_at_ms is None else format_credits(funds.allowance_remaining_nano)
         rows.append((account, funds.plan, left, _balance(funds)))
     text = table(("account", "plan", "allowance left", "balance"), rows) if rows else "no accounts"
@@ -98,9 +127,11 @@ def accounts_answer(entries: Sequence[tuple[str, Funds | str]], plans: Mapping[s
 
 def keys_answer(keys: Sequence[ApiKey]) -> Answer:
     """An account's keys."""
-    documents = [{"id": key.id, "name": key.name, "created_at": rfc3339(key.created_at_ms)} for key in keys]
-    rows = [(key.id, key.name or "-", rfc3339(key.created_at_ms)) for key in keys]
-    return Answer({"data": documents}, table(("id", "name", "created"), rows) if rows else "no keys")
+    documents = [
+        {"id": key.id, "name": key.name, "source": key.source, "created_at": rfc3339(key.created_at_ms)} for key in keys
+    ]
+    rows = [(key.id, key.name or "-", key.source, rfc3339(key.created_at_ms)) for key in keys]
+    return Answer({"data": documents}, table(("id", "name", "source", "created"), rows) if rows else "no keys")
 
 
 def reservations_answer(reservations: Sequence[OpenReservation]) -> Answer:
@@ -124,3 +155,118 @@ def reservations_answer(reservations: Sequence[OpenReservation]) -> Answer:
 
 def _time_or_none(epoch_ms: int | None) -> str | None:
     return None if epoch_ms is None else rfc3339(epoch_ms)
+
+
+# --- the ledger -------------------------------------------------------------------------------------------------
+
+
+def entry_document(entry: Entry) -> dict[str, Any]:
+    """One entry, amounts as decimal strings; what its kind does not have is None or empty. Lengths of windows, in the
+    names of books too, are in milliseconds."""
+    return {
+        "account": entry.account,
+        "sequence": entry.sequence,
+        "time": rfc3339(entry.time_ms),
+        "time_ms": entry.time_ms,
+        "kind": entry.kind,
+        "id": entry.id,
+        "postings": {book: format_credits(nano) for book, nano in entry.postings.items()},
+        "used_after": {str(refresh_ms): format_credits(nano) for refresh_ms, nano in entry.used_after.items()},
+        "balance_after": format_credits(entry.balance_after_nano),
+        "plan": entry.plan or None,
+        "model": entry.model or None,
+        "key": f"key_{entry.key}" if entry.key else None,
+        "price_version": entry.price_version or None,
+        "source": entry.source or None,
+        "tokens": dict(entry.tokens),
+        "reason": entry.reason or None,
+        "stream": f"{entry.shard:02x}",
+        "stream_id": entry.stream_id,
+        "extra": dict(entry.extra),
+    }
+
+
+_ENTRY_HEADER = ("entry", "time", "kind", "id", "movement", "balance", "what")
+
+
+def _entry_cells(entry: Entry) -> tuple[str, ...]:
+    movement = ", ".join(f"{_book(book)} {_signed(nano)}" for book, nano in entry.postings.items())
+    tokens = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in entry.tokens.items())
+    what = "; ".join(text for text in (entry.plan, entry.model, tokens, entry.reason) if text)
+    return (
+        str(entry.sequence),
+        rfc3339(entry.time_ms),
+        entry.kind,
+        entry.id,
+        movement or "-",
+        format_credits(entry.balance_after_nano),
+        what,
+    )
+
+
+def _book(book: str) -> str:
+    name, _, refresh = book.partition(":")
+    return f"{name}:{duration(int(refresh))}" if refresh.isdecimal() else book
+
+
+def _signed(nano: int) -> str:
+    return f"{'+' if nano > 0 else ''}{format_credits(nano)}"
+
+
+def entry_line(entry: Entry) -> str:
+    """One entry for people, in a line of its own."""
+    return _GAP.join(_entry_cells(entry)).rstrip()
+
+
+def entries_answer(entries: Sequence[Entry]) -> Answer:
+    """Entries of the ledger, in this order."""
+    rows = [_entry_cells(entry) for entry in entries]
+    return Answer(
+        {"data": [entry_document(entry) for entry in entries]}, table(_ENTRY_HEADER, rows) if rows else "no entries"
+    )
+
+
+def export_writer(output: TextIO, form: Literal["jsonl", "csv"]) -> Callable[[Entry], object]:
+    """What writes one entry to output: a JSON document per line, or a row of CSV, below a header that is written at
+    once, whose mappings are JSON."""
+    if form == "jsonl":
+        return lambda entry: output.write(json.dumps(entry_document(entry)) + "\n")
+    writer = csv.writer(output)
+    writer.writerow(_EXPORT_COLUMNS)
+
+    def write(entry: Entry) -> None:
+        document = entry_document(entry)
+        cells = (document[column] for column in _EXPORT_COLUMNS)
+        writer.writerow("" if cell is None else json.dumps(cell) if isinstance(cell, dict) else cell for cell in cells)
+
+    return write
+
+
+_EXPORT_COLUMNS = (
+    *("account", "sequence", "time", "time_ms", "kind", "id", "postings", "used_after", "balance_after", "plan"),
+    *("model", "key", "price_version", "source", "tokens", "reason", "stream", "stream_id", "extra"),
+)
+
+
+def audit_answer(audit: Audit) -> Answer:
+    """What ``ledger verify`` found; not ok if anything does not agree."""
+    ok = not audit.mismatches
+    lines = [str(one) for one in audit.mismatches]
+    lines += [f"account {name}: its holds were not checked: it changes too fast" for name in audit.unchecked]
+    counted = f"{audit.entries} entries of {audit.accounts} accounts"
+    lines.append(f"ok: {counted} agree" if ok else f"{len(audit.mismatches)} mismatches in {counted}")
+    mismatches = [
+        {"account": one.account, "what": one.what, "expected": one.expected, "found": one.found}
+        for one in audit.mismatches
+    ]
+    return Answer(
+        {
+            "ok": ok,
+            "accounts": audit.accounts,
+            "entries": audit.entries,
+            "mismatches": mismatches,
+            "unchecked": audit.unchecked,
+        },
+        "\n".join(lines),
+        ok,
+    )

@@ -1,21 +1,32 @@
-"""The operator's verbs: each takes the use cases, the configured plans and the parsed arguments, and answers.
+"""The operator's verbs: each takes the use cases and the parsed arguments, and answers.
 
-Accounts, keys, credits and reservations are looked after here; ``gateway/cli.py`` says which arguments there are.
+Accounts, keys, credits and reservations are looked after here; ``gateway/cli.py`` says which arguments there are. The
+verbs that read the ledger write as they read, because it may be far larger than what memory holds.
 """
 
 import asyncio
+import json
 import secrets
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Mapping
+from typing import TextIO
 
+from gateway.credits.archive import Period
+from gateway.credits.auditor import Auditor
 from gateway.credits.errors import UnknownPlan
+from gateway.credits.keyspace import reservation_id
+from gateway.credits.ledger import Entry
 from gateway.credits.operator import Operator
 from gateway.domain.decision import Funds
 from gateway.domain.money import format_credits
-from gateway.domain.plan import Plan
 from gateway.output import (
     Answer,
     accounts_answer,
+    audit_answer,
+    entries_answer,
+    entry_document,
+    entry_line,
+    export_writer,
     funds_document,
     funds_lines,
     keys_answer,
@@ -26,23 +37,21 @@ from gateway.output import (
 #: Accounts whose credits are asked for at the same moment: far below what one connection takes.
 _LIST_AT_ONCE = 1000
 
-Plans = Mapping[str, Plan]
+
+async def _accounts_create(operator: Operator, args: Namespace) -> Answer:
+    return _funds_answer(args.account, await operator.create_account(args.account, args.plan))
 
 
-async def _accounts_create(operator: Operator, plans: Plans, args: Namespace) -> Answer:
-    return _funds_answer(args.account, await operator.create_account(args.account, args.plan), plans)
-
-
-async def _accounts_show(operator: Operator, plans: Plans, args: Namespace) -> Answer:
+async def _accounts_show(operator: Operator, args: Namespace) -> Answer:
     funds = await operator.funds(args.account)
     count = len(await operator.keys(args.account))
     return Answer(
-        {**funds_document(args.account, funds, plans), "keys": count},
+        {**funds_document(args.account, funds), "keys": count},
         pairs({**funds_lines(args.account, funds), "keys": str(count)}),
     )
 
 
-async def _accounts_list(operator: Operator, plans: Plans, _: Namespace) -> Answer:
+async def _accounts_list(operator: Operator, _: Namespace) -> Answer:
     async def entry(account: str) -> tuple[str, Funds | str]:
         try:
             return account, await operator.funds(account)
@@ -53,76 +62,142 @@ async def _accounts_list(operator: Operator, plans: Plans, _: Namespace) -> Answ
     entries = []
     for start in range(0, len(names), _LIST_AT_ONCE):
         entries += await asyncio.gather(*map(entry, names[start : start + _LIST_AT_ONCE]))
-    return accounts_answer(entries, plans)
+    return accounts_answer(entries)
 
 
-async def _accounts_set_plan(operator: Operator, plans: Plans, args: Namespace) -> Answer:
+async def _accounts_set_plan(operator: Operator, args: Namespace) -> Answer:
     funds = await operator.set_plan(args.account, args.plan, args.operation_id, args.version)
-    return _funds_answer(args.account, funds, plans)
+    return _funds_answer(args.account, funds)
 
 
-async def _credits_show(operator: Operator, plans: Plans, args: Namespace) -> Answer:
-    return _funds_answer(args.account, await operator.funds(args.account), plans)
+async def _credits_show(operator: Operator, args: Namespace) -> Answer:
+    return _funds_answer(args.account, await operator.funds(args.account))
 
 
-def _funds_answer(account: str, funds: Funds, plans: Plans) -> Answer:
-    return Answer(funds_document(account, funds, plans), pairs(funds_lines(account, funds)))
+def _funds_answer(account: str, funds: Funds) -> Answer:
+    return Answer(funds_document(account, funds), pairs(funds_lines(account, funds)))
 
 
-async def _credits_add(operator: Operator, _: Plans, args: Namespace) -> Answer:
+async def _credits_add(operator: Operator, args: Namespace) -> Answer:
     operation = args.operation_id or f"cli_{secrets.token_hex(12)}"
     nano, repeated = await operator.credit(args.account, args.amount, args.kind, operation, args.reason)
     balance = format_credits(nano)
-    amount = f"{format_credits(args.amount)} ({'done before, nothing added now' if repeated else args.kind})"
+    amount = f"{format_credits(args.amount)} ({'done before, nothing moved now' if repeated else args.kind})"
     return Answer(
         {"account": args.account, "balance": balance, "operation_id": operation, "repeated": repeated},
         pairs({"account": args.account, "amount": amount, "balance": balance, "operation id": operation}),
     )
 
 
-async def _keys_create(operator: Operator, _: Plans, args: Namespace) -> Answer:
-    key, secret = await operator.create_key(args.account, args.name or "", args.secret)
-    document = {"id": key.id, "account": args.account, "name": key.name, "secret": None}
-    lines = {"id": key.id, "account": args.account, "name": key.name or "-"}
+async def _credits_refund(operator: Operator, args: Namespace) -> Answer:
+    """An amount to the balance, or the whole charge of a request to where it came from."""
+    if args.request is None:
+        return await _credits_add(operator, args)
+    operation = args.operation_id or f"cli_{secrets.token_hex(12)}"
+    request = args.request
+    if request.startswith("req_"):  # what x-request-id says
+        request = reservation_id(args.account, request.removeprefix("req_"))
+    refunded = await operator.refund_request(args.account, request, operation, args.reason)
+    figures = {
+        "allowance": format_credits(refunded.from_allowance_nano),
+        "balance": format_credits(refunded.from_balance_nano),
+        "written_off": format_credits(refunded.written_off_nano),
+    }
+    identity = {"account": args.account, "request": args.request, "operation_id": operation}
+    done = "done before, nothing moved now" if refunded.repeated else "refunded"
+    return Answer(
+        {**identity, **figures, "repeated": refunded.repeated},
+        pairs({**identity, **{name.replace("_", " "): text for name, text in figures.items()}, "state": done}),
+    )
+
+
+async def _keys_create(operator: Operator, args: Namespace) -> Answer:
+    key, secret = await operator.create_key(args.account, args.name or "", args.secret, args.source)
+    document = {"id": key.id, "account": args.account, "name": key.name, "source": key.source, "secret": None}
+    lines = {"id": key.id, "account": args.account, "name": key.name or "-", "source": key.source}
     if args.secret is None:  # whoever imports a secret knows it
         document["secret"] = secret
         lines["secret"] = f"{secret}   (shown only once)"
     return Answer(document, pairs(lines))
 
 
-async def _keys_list(operator: Operator, _: Plans, args: Namespace) -> Answer:
+async def _keys_list(operator: Operator, args: Namespace) -> Answer:
     return keys_answer(await operator.keys(args.account))
 
 
-async def _keys_revoke(operator: Operator, _: Plans, args: Namespace) -> Answer:
+async def _keys_revoke(operator: Operator, args: Namespace) -> Answer:
     account = await operator.revoke_key(args.id)
     return Answer({"id": args.id, "account": account}, f"revoked {args.id} of account {account}")
 
 
-async def _reservations_list(operator: Operator, _: Plans, args: Namespace) -> Answer:
+async def _reservations_list(operator: Operator, args: Namespace) -> Answer:
     if args.account is not None:
         await operator.keys(args.account)  # raises UnknownAccount: a misspelt name must not look like an idle account
     return reservations_answer(await operator.reservations(args.account))
 
 
-async def _reservations_void(operator: Operator, _: Plans, args: Namespace) -> Answer:
+async def _reservations_void(operator: Operator, args: Namespace) -> Answer:
     ended = await operator.void_reservation(args.id)
     text = f"{args.id} had ended before ({ended.state})" if ended.repeated else f"voided {args.id}; its hold is free"
     return Answer({"id": args.id, "state": ended.state, "repeated": ended.repeated}, text)
 
 
 #: By the words that are typed.
-VERBS: Mapping[str, Callable[[Operator, Plans, Namespace], Awaitable[Answer]]] = {
+VERBS: Mapping[str, Callable[[Operator, Namespace], Awaitable[Answer]]] = {
     "accounts create": _accounts_create,
     "accounts show": _accounts_show,
     "accounts list": _accounts_list,
     "accounts set-plan": _accounts_set_plan,
     "credits grant": _credits_add,
-    "credits refund": _credits_add,
+    "credits refund": _credits_refund,
+    "credits deduct": _credits_add,
     "credits show": _credits_show,
     "keys create": _keys_create,
     "keys list": _keys_list,
     "keys revoke": _keys_revoke,
     "reservations list": _reservations_list,
     "reservations void": _reservations_void,
+}
+
+
+# --- the ledger -------------------------------------------------------------------------------------------------
+
+
+async def _ledger_tail(auditor: Auditor, args: Namespace, output: TextIO) -> bool:
+    entries = await auditor.tail(args.account, args.lines)
+    if not args.follow:
+        print(entries_answer(entries).rendered(as_json=args.json), file=output)
+        return True
+    after = entries[-1].sequence if entries else await auditor.last_sequence(args.account)
+    for entry in entries:
+        _print_entry(entry, args, output)
+    async for entry in auditor.follow(args.account, after):
+        _print_entry(entry, args, output)
+    return True
+
+
+def _print_entry(entry: Entry, args: Namespace, output: TextIO) -> None:
+    print(json.dumps(entry_document(entry)) if args.json else entry_line(entry), file=output, flush=True)
+
+
+async def _ledger_export(auditor: Auditor, args: Namespace, output: TextIO) -> bool:
+    given = {"since_ms": args.since, "until_ms": args.until}
+    period = Period(**{name: moment for name, moment in given.items() if moment is not None})
+    write = export_writer(output, args.format)
+    async for entry in auditor.export(args.account, period):
+        write(entry)
+    return True
+
+
+async def _ledger_verify(auditor: Auditor, args: Namespace, output: TextIO) -> bool:
+    answer = audit_answer(await auditor.verify(args.account))
+    print(answer.rendered(as_json=args.json), file=output)
+    return answer.ok
+
+
+#: By the words that are typed. Each writes to a file, and says whether all is well.
+LEDGER_VERBS: Mapping[str, Callable[[Auditor, Namespace, TextIO], Awaitable[bool]]] = {
+    "ledger tail": _ledger_tail,
+    "ledger export": _ledger_export,
+    "ledger verify": _ledger_verify,
 }

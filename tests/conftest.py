@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 from gateway.credits import scripts
+from gateway.credits.journal import Journal
 from gateway.credits.operator import Operator
 from gateway.credits.service import CreditEngine
 from gateway.credits.store import Store
@@ -23,10 +24,10 @@ START_MS = round(datetime(2027, 3, 10, 12, 30, tzinfo=UTC).timestamp() * 1000)
 PLANS = {
     plan.name: plan
     for plan in (
-        Plan("standard", Allowance("per_window", 100_000_000, DAY_MS)),
-        Plan("professional", Allowance("monthly", 15_000_000_000, DAY_MS)),
-        Plan("developer", Allowance("monthly", 150_000_000_000, DAY_MS // 3), rate_ppm=900_000),
-        Plan("payg", None),
+        Plan("standard", (Allowance("per_window", 100_000_000, DAY_MS),)),
+        Plan("professional", (Allowance("monthly", 15_000_000_000, DAY_MS),)),
+        Plan("developer", (Allowance("monthly", 150_000_000_000, DAY_MS // 3),), rate_ppm=900_000),
+        Plan("payg"),
     )
 }
 
@@ -92,8 +93,16 @@ async def store(valkey: TimedServer, metrics: Metrics) -> AsyncIterator[Store]:
 
 
 @pytest.fixture
-async def engine(store: Store, metrics: Metrics) -> AsyncIterator[CreditEngine]:
-    engine = CreditEngine(store, PLANS, "standard", metrics)
+async def journal(tmp_path: Path) -> AsyncIterator[Journal]:
+    journal = Journal(tmp_path / "journal")
+    await journal.open()
+    yield journal
+    await journal.close()
+
+
+@pytest.fixture
+async def engine(store: Store, metrics: Metrics, journal: Journal) -> AsyncIterator[CreditEngine]:
+    engine = CreditEngine(store, PLANS, "standard", metrics, journal)
     yield engine
     assert await engine.close(5) == 0
 

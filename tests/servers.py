@@ -1,16 +1,18 @@
-"""Start a real Valkey server for a test, if wanted with a clock that the test moves."""
+"""Start real Valkey servers for a test: one, if wanted with a clock that the test moves, a cluster, or sentinels."""
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import libfaketime
 import redis
@@ -141,6 +143,11 @@ class ValkeyServer:
         with redis.Redis(unix_socket_path=str(self._socket), password=password) as client:
             return client.execute_command(*command)
 
+    @property
+    def running(self) -> bool:
+        """Whether there is a process; it may be paused."""
+        return self._process is not None
+
     def kill(self) -> None:
         """End it as a crash would."""
         if self._process is not None:
@@ -185,9 +192,315 @@ def valkey_server(
             server.stop()
 
 
+#: The first and last slots of each third.
+_THIRDS = ((0, 5460), (5461, 10922), (10923, 16383))
+_TAKEOVER_SECONDS = 60
+
+
+class ValkeyCluster:
+    """Three primaries on loopback ports with a third of the slots each, and a replica of each.
+
+    Which node is a primary may change in a test; ``heal`` starts what was killed and waits until all is well.
+    """
+
+    def __init__(self, directory: Path, *options: str) -> None:
+        ports = free_ports(12)
+        self.ports, bus_ports = ports[:6], ports[6:]
+        self._bus_ports = dict(zip(self.ports, bus_ports, strict=True))
+        self._nodes = {port: self._node(directory / str(port), port, options) for port in self.ports}
+
+    def _node(self, directory: Path, port: int, options: tuple[str, ...]) -> ValkeyServer:
+        directory.mkdir()
+        return ValkeyServer(
+            directory,
+            *("--cluster-enabled", "yes", "--cluster-port", str(self._bus_ports[port])),
+            *("--cluster-announce-ip", "127.0.0.1", "--cluster-node-timeout", "1000"),
+            *("--cluster-replica-validity-factor", "0", "--cluster-allow-replica-migration", "no"),
+            *("--repl-diskless-sync-delay", "0", *options),
+            port=port,
+        )
+
+    @property
+    def url(self) -> str:
+        """The redis+cluster:// URL; it lists half of the nodes."""
+        return "redis+cluster://" + ",".join(f"127.0.0.1:{port}" for port in self.ports[::2])
+
+    def start(self) -> None:
+        """Start the nodes and make them a cluster."""
+        for node in self._nodes.values():
+            node.start()
+        primaries, replicas = self.ports[:3], self.ports[3:]
+        for epoch, (port, third) in enumerate(zip(primaries, _THIRDS, strict=True), 1):
+            self.command(port, "CLUSTER", "ADDSLOTSRANGE", *third)
+            self.command(port, "CLUSTER", "SET-CONFIG-EPOCH", epoch)
+        for port in self.ports[1:]:
+            self.command(self.ports[0], "CLUSTER", "MEET", "127.0.0.1", port, self._bus_ports[port])
+        for primary, replica in zip(primaries, replicas, strict=True):
+            _wait_for(lambda replica=replica, primary=primary: self.node_id(primary) in self._known(replica))
+            self.command(replica, "CLUSTER", "REPLICATE", self.node_id(primary))
+        self.heal()
+
+    def stop(self) -> None:
+        """End all nodes; their files are of no use afterwards."""
+        for node in self._nodes.values():
+            node.kill()
+
+    def heal(self) -> None:
+        """Start the nodes that were killed, and wait until every primary has its replica and all agree on that."""
+        for node in self._nodes.values():
+            node.resume()
+            if not node.running:
+                node.start()
+        _wait_for(self._whole)
+
+    def command(self, port: int, *command: str | int) -> Any:
+        """One command on the node of a port."""
+        return self._nodes[port].command(*command)
+
+    def node(self, port: int) -> ValkeyServer:
+        """The server of a port."""
+        return self._nodes[port]
+
+    def node_id(self, port: int) -> str:
+        """The cluster's name for a node."""
+        name: str = self.command(port, "CLUSTER", "MYID").decode()
+        return name
+
+    @property
+    def primaries(self) -> list[int]:
+        """The ports of the primaries."""
+        return [self.primary_of(slot) for slot, _ in _THIRDS]
+
+    def primary_of(self, slot: int) -> int:
+        """The port of the slot's primary, as most running nodes see it."""
+        seen = [self._nodes_of(slot, port)[0] for port, node in self._nodes.items() if node.running]
+        return max(set(seen), key=seen.count)
+
+    def replica_of(self, slot: int) -> int:
+        """The port of the replica of the slot's primary."""
+        return self._nodes_of(slot, self.primary_of(slot))[1]
+
+    def kill_primary_of(self, slot: int) -> int:
+        """Kill the slot's primary; the port that it had."""
+        port = self.primary_of(slot)
+        self._nodes[port].kill()
+        return port
+
+    def wait_taken_over(self, slot: int, before: int) -> None:
+        """Wait until most nodes have another primary for the slot than the one at port before."""
+        _wait_for(lambda: self.primary_of(slot) != before)
+
+    def hand_over(self, slot: int) -> None:
+        """Let the replica of the slot's primary take over in an orderly way."""
+        before = self.primary_of(slot)
+        self.command(self.replica_of(slot), "CLUSTER", "FAILOVER")
+        self.wait_taken_over(slot, before)
+
+    def _known(self, port: int) -> str:
+        text: str = str(self.command(port, "CLUSTER", "NODES"))
+        return text
+
+    def _nodes_of(self, slot: int, asked: int) -> list[int]:
+        ranges = self.command(asked, "CLUSTER", "SLOTS")
+        return next(([node[1] for node in nodes] for first, last, *nodes in ranges if first <= slot <= last), [0])
+
+    def _whole(self) -> bool:
+        views = set()
+        for port in self.ports:
+            state = self.command(port, "CLUSTER", "INFO").decode()
+            views.add(str([self._nodes_of(slot, port) for slot, _ in _THIRDS]))
+            link = self.command(port, "INFO", "replication").get("master_link_status", "up")
+            if "cluster_state:ok" not in state or link != "up":
+                return False
+        return len(views) == 1 and views.pop().count(",") == 5  # three times two nodes
+
+
+class SlotMigration:
+    """A slot on its way to the primary at port target, one step at a time."""
+
+    def __init__(self, cluster: ValkeyCluster, slot: int, target: int) -> None:
+        self._cluster, self._slot = cluster, slot
+        self.source, self.target = cluster.primary_of(slot), target
+        assert self.source != target
+
+    def begin(self) -> None:
+        """From now on the source asks for what it has not to be looked for at the target."""
+        state = ("CLUSTER", "SETSLOT", self._slot)
+        self._cluster.command(self.target, *state, "IMPORTING", self._cluster.node_id(self.source))
+        self._cluster.command(self.source, *state, "MIGRATING", self._cluster.node_id(self.target))
+
+    def keys(self) -> list[str]:
+        """The keys that have not moved yet."""
+        names = self._cluster.command(self.source, "CLUSTER", "GETKEYSINSLOT", self._slot, 10_000)
+        return [name.decode() for name in names]
+
+    def move(self, *keys: str) -> None:
+        """Move these keys, all in one moment."""
+        self._cluster.command(
+            self.source, "MIGRATE", "127.0.0.1", self.target, "", 0, _START_SECONDS * 1000, "KEYS", *keys
+        )
+
+    def finish(self) -> None:
+        """Give the slot, whose keys have all moved, to the target."""
+        for port in (self.target, self.source):
+            self._cluster.command(port, "CLUSTER", "SETSLOT", self._slot, "NODE", self._cluster.node_id(self.target))
+
+
+@contextmanager
+def valkey_cluster(*options: str) -> Iterator[ValkeyCluster]:
+    """A cluster that runs until the block ends. options: for every node."""
+    with tempfile.TemporaryDirectory(prefix="qg-cluster-") as directory:
+        cluster = ValkeyCluster(Path(directory), *options)
+        try:
+            cluster.start()
+            yield cluster
+        finally:
+            cluster.stop()
+
+
+class ValkeySentinels:
+    """A primary and its replica, watched by three sentinels, all on loopback ports."""
+
+    NAME = "credits"
+
+    def __init__(self, directory: Path, *options: str, password: str | None = None) -> None:
+        self._directory = directory
+        self._password = password
+        ports = free_ports(5)
+        self.sentinel_ports = ports[2:]
+        self._nodes: dict[int, ValkeyServer] = {}
+        for port in ports[:2]:
+            (directory / str(port)).mkdir()
+            login = ("--masterauth", password) if password else ()
+            settings = ("--repl-diskless-sync-delay", "0", *login, *options)
+            self._nodes[port] = ValkeyServer(directory / str(port), *settings, port=port)
+        self._sentinels: list[subprocess.Popen[bytes]] = []
+
+    @property
+    def url(self) -> str:
+        """The redis+sentinel:// URL of database 0."""
+        login = f":{self._password}@" if self._password else ""
+        sentinels = ",".join(f"127.0.0.1:{port}" for port in self.sentinel_ports)
+        return f"redis+sentinel://{login}{sentinels}/{self.NAME}"
+
+    def start(self) -> None:
+        """Start all of them, and wait until the replica is in step and the sentinels know each other."""
+        primary, replica = self._nodes
+        self._nodes[primary].start(self._password)
+        self._nodes[replica].start(self._password)
+        self.command(replica, "REPLICAOF", "127.0.0.1", primary)
+        names = {port: secrets.token_hex(20) for port in self.sentinel_ports}
+        for port in self.sentinel_ports:
+            self._sentinels.append(self._start_sentinel(port, primary, replica, names))
+        _wait_for(self._whole)
+
+    def _start_sentinel(
+        self, port: int, primary: int, replica: int, names: dict[int, str]
+    ) -> "subprocess.Popen[bytes]":
+        others = [f"known-sentinel {self.NAME} 127.0.0.1 {p} {name}" for p, name in names.items() if p != port]
+        lines = [
+            f"myid {names[port]}",
+            f"monitor {self.NAME} 127.0.0.1 {primary} 2",
+            *((f"auth-pass {self.NAME} {self._password}", f"sentinel-pass {self._password}") if self._password else ()),
+            f"down-after-milliseconds {self.NAME} 1000",
+            f"failover-timeout {self.NAME} 5000",
+            f"known-replica {self.NAME} 127.0.0.1 {replica}",
+            *others,
+        ]
+        file = self._directory / f"sentinel-{port}.conf"
+        settings = f"port {port}\nbind 127.0.0.1\ndir {self._directory}\n"
+        if self._password:
+            settings += f"requirepass {self._password}\n"
+        file.write_text(settings + "".join(f"sentinel {line}\n" for line in lines))
+        with (self._directory / f"sentinel-{port}.log").open("ab") as log:
+            return subprocess.Popen(
+                [str(get_binary_path()), str(file), "--sentinel"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def stop(self) -> None:
+        """End all of them; their files are of no use afterwards."""
+        for process in self._sentinels:
+            process.kill()
+            process.wait()
+        for node in self._nodes.values():
+            node.kill()
+
+    def command(self, port: int, *command: str | int) -> Any:
+        """One command on the node of a port."""
+        return self._nodes[port].command(*command, password=self._password)
+
+    def node(self, port: int) -> ValkeyServer:
+        """The server of a port."""
+        return self._nodes[port]
+
+    @property
+    def primary(self) -> int:
+        """The port of the primary, as the first sentinel sees it."""
+        return int(self._ask(self.sentinel_ports[0], "GET-MASTER-ADDR-BY-NAME")[1])
+
+    def kill_primary(self) -> int:
+        """Kill the primary; the port that it had."""
+        port = self.primary
+        self._nodes[port].kill()
+        return port
+
+    def wait_taken_over(self, before: int) -> None:
+        """Wait until the sentinels have another primary than the one at port before."""
+        _wait_for(lambda: self.primary != before)
+
+    def hand_over(self) -> None:
+        """Let the sentinels make the replica the primary though nothing has failed."""
+        before = self.primary
+        self._ask(self.sentinel_ports[0], "FAILOVER")
+        self.wait_taken_over(before)
+
+    def _ask(self, port: int, question: str) -> Any:
+        with redis.Redis(port=port, password=self._password) as client:
+            return client.execute_command("SENTINEL", question, self.NAME)
+
+    def _whole(self) -> bool:
+        with contextlib.suppress(redis.RedisError):
+            primary = self.primary
+            (replica,) = self._nodes.keys() - {primary}
+            link = self.command(replica, "INFO", "replication")
+            counts = [str(self._ask(port, "CKQUORUM")) for port in self.sentinel_ports]
+            in_step = link.get("master_link_status") == "up" and link["master_port"] == primary
+            return in_step and all("3 usable" in count for count in counts)
+        return False
+
+
+@contextmanager
+def valkey_sentinels(*options: str, password: str | None = None) -> Iterator[ValkeySentinels]:
+    """A primary, a replica and three sentinels that run until the block ends. options: for primary and replica."""
+    with tempfile.TemporaryDirectory(prefix="qg-sentinel-") as directory:
+        sentinels = ValkeySentinels(Path(directory), *options, password=password)
+        try:
+            sentinels.start()
+            yield sentinels
+        finally:
+            sentinels.stop()
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _TAKEOVER_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RuntimeError("the servers did not come to an agreement in time")
+        time.sleep(0.02)
+
+
+def free_ports(count: int) -> list[int]:
+    """So many loopback ports, all different, that were free a moment ago."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
 def free_port() -> int:
     """A loopback port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return free_ports(1)[0]

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from gateway.config.document import Document, Text
+from gateway.config.document import Document, Location, Text
+from gateway.config.fields import refresh_ms
 from gateway.config.validation import Section
 
 
@@ -18,6 +19,16 @@ def check_upstream_keys(main: Document) -> None:
         Section(main, main.tree).report(
             ("upstreams", name, "api_key"), f"is empty while {other}: set it or remove the upstream"
         )
+
+
+def check_counting(main: Document) -> None:
+    """Usage on every chunk has to be asked for."""
+    for name, upstream in _mappings(main.tree.get("upstreams")).items():
+        if _is(upstream.get("count_output"), "usage") and _is(upstream.get("stream_usage"), "false"):
+            Section(main, main.tree).report(
+                ("upstreams", name, "count_output"),
+                "must not be usage beside stream_usage: false: the gateway could not ask for what it counts by",
+            )
 
 
 def check_listeners(main: Document) -> None:
@@ -42,19 +53,44 @@ def check_plans(section: Section) -> None:
 
 
 def _check_allowance(section: Section, name: str, plan: dict[str, Any]) -> None:
-    allowance = plan.get("allowance")
-    if isinstance(allowance, dict):
-        kinds = [kind for kind in ("monthly", "per_window") if kind in allowance]
-        if len(kinds) == 2:
-            second = max(kinds, key=list(allowance).index)
-            section.report(("plans", name, "allowance", second), "stands beside the other kind: keep one", at_key=True)
-        if not kinds:
-            predicate = "has no amount: add monthly or per_window, in credits"
-            section.report(("plans", name, "allowance"), predicate, at_key=True)
-    elif allowance is None and _is(plan.get("payg"), "false"):
-        section.report(
-            ("plans", name, "payg"), "must be true because the plan has no allowance: nothing else could pay"
-        )
+    here = ("plans", name, "allowance")
+    match plan.get("allowance"):
+        case dict() as allowance:
+            _check_kind(section, here, allowance)
+        case list() as windows:
+            for index, window in enumerate(windows):
+                if isinstance(window, dict):
+                    _check_kind(section, (*here, index), window)
+            _check_lengths(section, here, windows)
+        case None if _is(plan.get("payg"), "false"):
+            section.report(
+                ("plans", name, "payg"), "must be true because the plan has no allowance: nothing else could pay"
+            )
+
+
+def _check_kind(section: Section, here: Location, allowance: dict[str, Any]) -> None:
+    kinds = [kind for kind in ("monthly", "per_window") if kind in allowance]
+    if len(kinds) == 2:
+        second = max(kinds, key=list(allowance).index)
+        section.report((*here, second), "stands beside the other kind: keep one", at_key=True)
+    if not kinds:
+        section.report(here, "has no amount: add monthly or per_window, in credits", at_key=True)
+
+
+def _check_lengths(section: Section, here: Location, windows: list[Any]) -> None:
+    """One window of each length: a second of the same could only make the first one larger or useless."""
+    first: dict[int, str] = {}
+    for index, window in enumerate(windows):
+        if not isinstance(window, dict) or "refresh" not in window:
+            continue
+        place = (*here, index, "refresh")
+        try:
+            length_ms = refresh_ms(window["refresh"])
+        except ValueError:
+            continue
+        if length_ms in first:
+            section.report(place, f"is as long as {first[length_ms]}: keep one window of each length")
+        first.setdefault(length_ms, section.name(place))
 
 
 def _check_default(section: Section, plans: dict[str, dict[str, Any]]) -> None:

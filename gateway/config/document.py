@@ -5,8 +5,9 @@ Every scalar stays the text that was written: YAML would make a float of a price
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ MAX_FILE_BYTES = 2**20
 #: Aliases can make a small file stand for billions of values, or for a value inside itself.
 MAX_VALUES = 100_000
 MAX_DEPTH = 20
+
+#: Stands for the digest of a file that cannot be read.
+UNREADABLE = ""
 
 #: Where a value is in its file: the keys and list indexes that lead to it.
 Location = tuple[str | int, ...]
@@ -64,8 +68,9 @@ class Document:
 
 
 def dotted(location: Location) -> str:
-    """A location as people write it, on one line and of bounded length."""
-    return ".".join(_printable(str(part)) for part in location)
+    """A location as people write it, such as ``plans.free.allowance[1]``, on one line and of bounded length."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{_printable(part)}" for part in location)
+    return "".join(parts).removeprefix(".")
 
 
 def quoted(text: str) -> str:
@@ -78,16 +83,27 @@ def _printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in short)
 
 
-def read_document(path: Path, environ: Mapping[str, str], problems: list[Problem]) -> Document | None:
-    """Read and parse a file. None when it cannot be parsed at all; the reason is then in problems."""
+def read_document(
+    path: Path, environ: Mapping[str, str], problems: list[Problem], files: MutableMapping[Path, str]
+) -> Document | None:
+    """Read and parse a file, and note its digest in files. None when it cannot be parsed at all; the reason is then in
+    problems."""
     document = Document(str(path), problems)
+    files[path] = UNREADABLE
     try:
-        root = _compose(_decode(_content(path)))
+        content = _content(path)
+        files[path] = digest(content)
+        root = _compose(_decode(content))
         document.tree = _Converter(document, environ).mapping(root, ())
     except _Unusable as error:
         problems.append(Problem(document.file, error.line, error.column, str(error)))
         return None
     return document
+
+
+def digest(content: bytes) -> str:
+    """What tells one content of a file from another."""
+    return sha256(content).hexdigest()
 
 
 class _Unusable(Exception):

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from decimal import Decimal
 from ipaddress import IPv6Address
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, PlainValidator, ValidationInfo, WithJsonSchema
 
 from gateway.config.document import Text, quoted
-from gateway.config.model import Address, Secret
+from gateway.config.model import Address, CountOutput, Secret
 from gateway.config.problem import suggestion
 from gateway.domain.money import MAX_NANO, AmountError, format_credits, parse_credits
-from gateway.domain.plan import DAY_MS, FULL_RATE_PPM
+from gateway.domain.plan import DAY_MS, FULL_RATE_PPM, OnLost
 from gateway.domain.price import femto_per_token
 
 PriceUnit = Literal["usd_per_million_tokens", "usd_per_token"]
@@ -148,11 +148,16 @@ def rate_ppm(value: object) -> int:
 
 def price_unit(value: object) -> PriceUnit:
     """The unit of every price of a file."""
+    unit: PriceUnit = _one_of(value, PRICE_UNITS, "unit")
+    return unit
+
+
+def _one_of(value: object, words: Collection[str], kind: str) -> Any:
+    """A word that must be one of these; kind: what they are, for the message."""
     text = scalar(value)
-    for unit in PRICE_UNITS:
-        if text.text == unit:
-            return unit
-    raise ValueError(f"must be a known unit, not {quoted(text.written)}: {suggestion(text.written, PRICE_UNITS)}")
+    if text.text not in words:
+        raise ValueError(f"must be a known {kind}, not {quoted(text.written)}: {suggestion(text.written, words)}")
+    return text.text
 
 
 def price_femto(value: object, info: ValidationInfo) -> int:
@@ -279,10 +284,10 @@ def store_url(value: object) -> str:
     text = scalar(value).text
     if text == "embedded":
         return text
+    if re.match(r"rediss?\+(cluster|sentinel)://", text):
+        return _distributed_store_url(text)
     parts = _split_url(text)
     scheme = parts.scheme if parts else ""
-    if scheme in ("redis+sentinel", "redis+cluster"):
-        raise ValueError(f"is a {scheme}:// URL, which is not supported yet: use redis:// or rediss:// to one server")
     has_target = parts and (parts.path if scheme == "unix" else parts.hostname)
     if scheme not in ("redis", "rediss", "unix") or not has_target:
         raise ValueError(
@@ -290,6 +295,45 @@ def store_url(value: object) -> str:
             "(the value is not shown: it may hold a password)"
         )
     return text
+
+
+def _distributed_store_url(text: str) -> str:
+    """A store URL that lists several hosts, which ``urlsplit`` knows nothing of."""
+    scheme, _, rest = text.partition("://")
+    hosts, _, path = rest.partition("?")[0].rpartition("@")[2].partition("/")
+    known = [_split_url(f"redis://{host}") for host in hosts.split(",")]
+    if re.search(r"[\s\x00-\x1f\x7f]", text) or not all(parts and parts.hostname for parts in known):
+        raise ValueError(
+            f"must list its servers as {scheme}://host:port,host:port (the value is not shown: it may hold a password)"
+        )
+    if scheme.endswith("cluster") and path not in ("", "0"):
+        raise ValueError("must not name a database: a cluster has only database 0")
+    if scheme.endswith("sentinel") and not re.fullmatch(r"[^/]+(/[0-9]*)?", path):
+        raise ValueError(f"must name the primary that the sentinels watch: {scheme}://host:port,host:port/name")
+    return text
+
+
+def archive_url(value: object) -> str:
+    """``sqlite`` or a URL of a supported scheme."""
+    text = scalar(value).text
+    if text == "sqlite":
+        return text
+    parts = _split_url(text)
+    scheme = parts.scheme if parts else ""
+    if scheme == "postgres":
+        raise ValueError("is a postgres:// URL: did you mean postgresql://?")
+    # Without a host the query may name one, a directory of sockets for example.
+    has_target = parts and (_is_file_url(parts) if scheme == "sqlite" else parts.hostname or "host=" in parts.query)
+    if scheme not in ("sqlite", "postgresql") or not has_target:
+        raise ValueError(
+            "must be sqlite, or a URL such as sqlite:///path/to/ledger.sqlite3 or postgresql://user@host:5432/database "
+            "(the value is not shown: it may hold a password)"
+        )
+    return text
+
+
+def _is_file_url(parts: Any) -> bool:
+    return not parts.netloc and not parts.query and not parts.fragment and len(parts.path) > 1
 
 
 def _split_url(text: str) -> Any:
@@ -370,6 +414,16 @@ RatePpm = Annotated[
     int, PlainValidator(rate_ppm), _number_schema(r"^[0-9]{1,2}(\.[0-9]{1,6})?$", "number", minimum=0.01, maximum=10)
 ]
 Unit = Annotated[PriceUnit, PlainValidator(price_unit), WithJsonSchema({"enum": list(PRICE_UNITS)})]
+CountWay = Annotated[
+    CountOutput,
+    PlainValidator(lambda value: _one_of(value, get_args(CountOutput), "way to count")),
+    WithJsonSchema({"enum": list(get_args(CountOutput))}),
+]
+OnLostWay = Annotated[
+    OnLost,
+    PlainValidator(lambda value: _one_of(value, get_args(OnLost), "way to charge")),
+    WithJsonSchema({"enum": list(get_args(OnLost))}),
+]
 PriceFemto = Annotated[int, PlainValidator(price_femto), _PRICE_SCHEMA]
 Tokens = Annotated[int, PlainValidator(lambda value: integer(value, 1, MOST_TOKENS)), _TOKENS_SCHEMA]
 TokensWithin = Annotated[int, PlainValidator(tokens_within), _TOKENS_SCHEMA]
@@ -387,4 +441,15 @@ Listen = Annotated[
     Address, PlainValidator(address), WithJsonSchema(_text_schema(r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}$"))
 ]
 BaseUrl = Annotated[str, PlainValidator(base_url), WithJsonSchema(_text_schema("^https?://[^?#@]+$"))]
-StoreUrl = Annotated[str, PlainValidator(store_url), WithJsonSchema(_text_schema("^embedded$|^(rediss?|unix)://"))]
+StoreUrl = Annotated[
+    str,
+    PlainValidator(store_url),
+    WithJsonSchema(
+        _text_schema(
+            r"^embedded$|^(rediss?|unix)://|^rediss?\+cluster://[^/?]+(/0?)?(\?|$)|^rediss?\+sentinel://[^/?]+/[^/?]+"
+        )
+    ),
+]
+ArchiveUrl = Annotated[
+    str, PlainValidator(archive_url), WithJsonSchema(_text_schema("^sqlite$|^sqlite:///.|^postgresql://"))
+]

@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 
-from gateway.config.checks import check_listeners, check_plans, check_upstream_keys
-from gateway.config.document import Document, Text, quoted, read_document
+from gateway.config.checks import check_counting, check_listeners, check_plans, check_upstream_keys
+from gateway.config.document import UNREADABLE, Document, Text, quoted, read_document
 from gateway.config.fields import PRICE_UNITS, Context
-from gateway.config.model import AdminConfig, GatewayConfig, Limits, StoreConfig, Upstream
+from gateway.config.model import AdminConfig, ArchiveConfig, GatewayConfig, Limits, StoreConfig, Upstream
 from gateway.config.problem import ConfigError, Problem
 from gateway.config.raw import MainFile, ModelsFile, PlansFile, RawAllowance, RawModel, RawPlan, RawUpstream
 from gateway.config.validation import Section, validate
@@ -29,34 +31,46 @@ def load(path: Path | None = None, environ: Mapping[str, str] | None = None) -> 
 
     environ: what ``${NAME}`` stands for (default: the process's environment). Raises ConfigError with every mistake.
     """
-    environ = os.environ if environ is None else environ
-    problems: list[Problem] = []
-    config = _load(path or shipped_dir() / "gateway.yaml", environ, problems)
-    if problems or config is None:
-        raise ConfigError(problems)
-    return config
+    reading = _Reading(os.environ if environ is None else environ)
+    config = _load(path or shipped_dir() / "gateway.yaml", reading)
+    if reading.problems or config is None:
+        raise ConfigError(reading.problems, reading.files)
+    return replace(config, files=reading.files)
 
 
-def _load(path: Path, environ: Mapping[str, str], problems: list[Problem]) -> GatewayConfig | None:
-    main = read_document(path, environ, problems)
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What one load has met so far: the mistakes of every file, and the digests of the files."""
+
+    environ: Mapping[str, str]
+    problems: list[Problem] = field(default_factory=list)
+    files: dict[Path, str] = field(default_factory=dict)
+
+    def document(self, path: Path) -> Document | None:
+        return read_document(path, self.environ, self.problems, self.files)
+
+
+def _load(path: Path, reading: _Reading) -> GatewayConfig | None:
+    main = reading.document(path)
     if main is None:
         return None
-    plans = _section(main, "plans", path.parent, environ)
-    models = _section(main, "models", path.parent, environ)
+    plans = _section(main, "plans", path.parent, reading)
+    models = _section(main, "models", path.parent, reading)
     context = _context(main, models)
     raw_main = validate(Section(main, main.tree), MainFile, context)
     raw_plans = validate(plans, PlansFile, context) if plans else None
     raw_models = validate(models, ModelsFile, context) if models else None
     check_upstream_keys(main)
+    check_counting(main)
     check_listeners(main)
     if plans:
         check_plans(plans)
-    if problems or raw_main is None or raw_plans is None or raw_models is None:
+    if reading.problems or raw_main is None or raw_plans is None or raw_models is None:
         return None
     return _build(raw_main, raw_plans, raw_models)
 
 
-def _section(main: Document, key: str, directory: Path, environ: Mapping[str, str]) -> Section | None:
+def _section(main: Document, key: str, directory: Path, reading: _Reading) -> Section | None:
     """What plans: or models: holds, inline or in the file that it names. None when there is nothing to check."""
     value = main.tree.get(key)
     if value is None or (key,) in main.bad:
@@ -70,9 +84,10 @@ def _section(main: Document, key: str, directory: Path, environ: Mapping[str, st
     try:
         file.stat()
     except (OSError, ValueError):
+        reading.files[file] = UNREADABLE
         main.report((key,), f"{key} names the file {quoted(value.written)}, which is not to be found beside this one")
         return None
-    document = read_document(file, environ, main.problems)
+    document = reading.document(file)
     return Section(document, document.tree) if document else None
 
 
@@ -99,6 +114,7 @@ def _build(main: MainFile, plans: PlansFile, models: ModelsFile) -> GatewayConfi
         default_plan=next(name for name, raw in plans.plans.items() if raw.default),
         models={name: _model(name, raw) for name, raw in models.models.items()},
         limits=Limits(body_bytes=main.limits.body, response_bytes=main.limits.response),
+        archive=ArchiveConfig(main.archive.url),
     )
 
 
@@ -113,12 +129,13 @@ def _upstream(name: str, raw: RawUpstream) -> Upstream:
         stream_usage=raw.stream_usage,
         limit_field=raw.limit_field,
         allow_fields=raw.allow_fields,
+        count_output=raw.count_output,
     )
 
 
 def _plan(name: str, raw: RawPlan) -> Plan:
-    allowance = _allowance(raw.allowance) if raw.allowance else None
-    return Plan(name=name, allowance=allowance, rate_ppm=raw.rate, payg=raw.payg)
+    allowances = tuple(_allowance(allowance) for allowance in raw.allowance or ())
+    return Plan(name=name, allowances=allowances, rate_ppm=raw.rate, payg=raw.payg, on_lost=raw.on_lost)
 
 
 def _allowance(raw: RawAllowance) -> Allowance:
@@ -142,4 +159,12 @@ def _model(name: str, raw: RawModel) -> Model:
         context_window=raw.context_window,
         max_output_tokens=raw.max_output_tokens,
         template_tokens=raw.template_tokens,
+        hidden_reasoning=raw.hidden_reasoning,
+        price_version=_price_version(prices),
     )
+
+
+def _price_version(prices: TokenPrices) -> str:
+    # Of what is charged, not of how it is written: the cache prices that are left out are the input price.
+    charged = (prices.input_femto, prices.output_femto, prices.cache_read, prices.cache_write)
+    return sha256("|".join(map(str, charged)).encode()).hexdigest()[:8]

@@ -11,6 +11,9 @@ from gateway.domain.plan import Plan
 
 MIB = 2**20
 
+#: How a stream's output is counted while it runs; RawUpstream describes each.
+CountOutput = Literal["chunks", "bytes", "usage", "maximum"]
+
 
 class Secret:
     """A text that must not be shown: str, repr and format give ``***``. Falsy when empty."""
@@ -48,6 +51,15 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+def _without_secrets(url: str) -> str:
+    """The URL without user, password, query and fragment; a word that is none, such as embedded, as it is."""
+    if "://" not in url:
+        return url
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{host}{parts.path}"
+
+
 @dataclass(frozen=True, slots=True)
 class AdminConfig:
     """The admin listener. token: None when none is set, never an empty Secret."""
@@ -60,7 +72,8 @@ class AdminConfig:
 class StoreConfig:
     """Where the credits live.
 
-    url: ``embedded``, or a redis://, rediss:// or unix:// URL, which may hold a password: show shown_url instead.
+    url: ``embedded``, or a redis://, rediss://, unix://, redis+cluster:// or redis+sentinel:// URL, which may hold a
+        password: show shown_url instead.
     data_dir: the embedded store's directory, relative to the working directory. timeout_ms: 1…60_000.
     allow_unsafe: start even on a store whose settings may lose or evict credits.
     """
@@ -78,11 +91,23 @@ class StoreConfig:
     @property
     def shown_url(self) -> str:
         """The URL without user, password and query, fit for logs."""
-        if self.embedded:
-            return self.url
-        parts = urlsplit(self.url)
-        host = parts.netloc.rpartition("@")[2]
-        return f"{parts.scheme}://{host}{parts.path}"
+        return _without_secrets(self.url)
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveConfig:
+    """Where the ledger is kept for good.
+
+    url: ``sqlite`` (ledger.sqlite3 in the store's data_dir), sqlite:///absolute/path, or a postgresql:// URL, which may
+    hold a password: show shown_url instead.
+    """
+
+    url: str = field(default="sqlite", repr=False)
+
+    @property
+    def shown_url(self) -> str:
+        """The URL without user, password and query, fit for logs."""
+        return _without_secrets(self.url)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +118,7 @@ class Upstream:
     only in demo mode. stream_usage: whether ``stream_options.include_usage`` may be added to a streamed request.
     limit_field: the request field that limits an answer's output, which older servers know only by its first name.
     allow_fields: request fields to let through that the gateway does not know to cost nothing.
+    count_output: how a stream's output is counted while it runs.
     idle_timeout_ms: the longest silence; total_timeout_ms: the longest answer.
     """
 
@@ -105,6 +131,7 @@ class Upstream:
     stream_usage: bool = True
     limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     allow_fields: frozenset[str] = frozenset()
+    count_output: CountOutput = "chunks"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +144,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class GatewayConfig:
-    """Everything that the configuration files say. Mappings are by name and have at least one entry each."""
+    """Everything that the configuration files say. Mappings are by name and have at least one entry each.
+
+    files: the files that were read, the main one first, each with the SHA-256 of its content.
+    """
 
     listen: Address
     admin: AdminConfig
@@ -127,6 +157,8 @@ class GatewayConfig:
     default_plan: str
     models: Mapping[str, Model]
     limits: Limits
+    archive: ArchiveConfig = ArchiveConfig()
+    files: Mapping[Path, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def demo(self) -> bool:

@@ -1,8 +1,10 @@
 """What is wrong with a configuration, and where."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
+from types import MappingProxyType
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -19,10 +21,14 @@ class Problem:
 
 
 class ConfigError(Exception):
-    """The configuration cannot be used. problems: every mistake of every file, sorted by file and line."""
+    """The configuration cannot be used. problems: every mistake of every file, sorted by file and line.
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
+    files: the files that were read or should have been, each with the SHA-256 of its content, empty if unreadable.
+    """
+
+    def __init__(self, problems: Iterable[Problem], files: Mapping[Path, str] = MappingProxyType({})) -> None:
         self.problems = tuple(sorted(set(problems)))
+        self.files = files
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 

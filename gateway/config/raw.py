@@ -6,17 +6,20 @@ examples here appear in the JSON Schema and in the messages about missing keys.
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator
 
 from gateway.config.fields import (
+    ArchiveUrl,
     BaseUrl,
     Boolean,
+    CountWay,
     CreditsNano,
     Directory,
     FieldNames,
     LimitField,
     Listen,
     ModelName,
+    OnLostWay,
     PriceFemto,
     RatePpm,
     RefreshMs,
@@ -32,6 +35,7 @@ from gateway.config.fields import (
     Unit,
     UpstreamReference,
 )
+from gateway.domain.plan import MAX_WINDOWS
 
 
 class _Mapping(BaseModel):
@@ -51,7 +55,9 @@ class RawStore(_Mapping):
     """Where the credits live."""
 
     url: StoreUrl = Field(
-        default="embedded", validate_default=True, description="embedded, or a redis://, rediss:// or unix:// URL"
+        default="embedded",
+        validate_default=True,
+        description="embedded, or a redis://, rediss://, unix://, redis+cluster:// or redis+sentinel:// URL",
     )
     data_dir: Directory = Field(
         default="./data",
@@ -65,6 +71,16 @@ class RawStore(_Mapping):
         default="false",
         validate_default=True,
         description="Start even on a store whose settings may lose or evict credits",
+    )
+
+
+class RawArchive(_Mapping):
+    """Where the ledger is kept for good."""
+
+    url: ArchiveUrl = Field(
+        default="sqlite",
+        validate_default=True,
+        description="sqlite (ledger.sqlite3 in the store's data_dir), sqlite:///path, or a postgresql:// URL",
     )
 
 
@@ -102,6 +118,13 @@ class RawUpstream(_Mapping):
         description="Request fields to let through beyond those known to cost nothing; what they do to the bill is "
         "then the operator's to know",
     )
+    count_output: CountWay = Field(
+        default="chunks",
+        validate_default=True,
+        description="How a stream's output is counted while it runs. chunks: an event is a token, and 4 bytes are at "
+        "least one. bytes: every UTF-8 byte counts as a token, which is never too low. usage: the upstream reports its "
+        "usage on every chunk, and the gateway asks it to. maximum: what the whole answer can cost is held at once",
+    )
 
 
 class RawAllowance(_Mapping):
@@ -116,6 +139,12 @@ class RawAllowance(_Mapping):
     refresh: RefreshMs = Field(examples=["24h"], description="The length of a window; divides 24 hours evenly")
 
 
+def _or_one(schema: dict[str, Any]) -> None:
+    """A list with one entry may be written as that entry."""
+    choices = schema["anyOf"]
+    choices.insert(0, next(choice["items"] for choice in choices if "items" in choice))
+
+
 class RawPlan(_Mapping):
     """What an account may spend."""
 
@@ -126,8 +155,13 @@ class RawPlan(_Mapping):
     default: Boolean = Field(
         default="false", validate_default=True, description="The plan of new accounts; exactly one plan"
     )
-    allowance: RawAllowance | None = Field(
-        default=None, description="Leave it out for a plan that is only pay-as-you-go"
+    allowance: list[RawAllowance] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_WINDOWS,
+        description="One window, or a list of up to 4 of different lengths, of which the tightest decides; leave it "
+        "out for a plan that is only pay-as-you-go",
+        json_schema_extra=_or_one,
     )
     rate: RatePpm = Field(
         default="1", validate_default=True, description="What the allowance pays of the list price, 0.01 to 10"
@@ -135,6 +169,17 @@ class RawPlan(_Mapping):
     payg: Boolean = Field(
         default="true", validate_default=True, description="Whether prepaid credits pay beyond the allowance"
     )
+    on_lost: OnLostWay = Field(
+        default="charge_seen",
+        validate_default=True,
+        description="What a request is charged whose gateway died: charge_seen (what it was seen to cost), charge_hold "
+        "(all that it held) or release (nothing)",
+    )
+
+    @field_validator("allowance", mode="before")
+    @classmethod
+    def _one_window_or_several(cls, value: object) -> object:
+        return value if isinstance(value, list) else [value]
 
 
 class RawModel(_Mapping):
@@ -153,6 +198,11 @@ class RawModel(_Mapping):
         default="256",
         validate_default=True,
         description="The most tokens that the upstream's chat template adds to a prompt",
+    )
+    hidden_reasoning: Boolean = Field(
+        default="false",
+        validate_default=True,
+        description="Whether the model bills reasoning that it does not stream; a stream then holds its maximum",
     )
 
 
@@ -195,3 +245,4 @@ class MainFile(_Mapping):
         description="A file beside this one, or its content: a mapping with price_unit and models",
     )
     limits: RawLimits = Field(default_factory=RawLimits)
+    archive: RawArchive = Field(default_factory=RawArchive)

@@ -25,9 +25,29 @@ class Section:
 
     def report(self, location: Location, predicate: str, *, at_key: bool = False) -> None:
         """Note a mistake at a location of the section; predicate continues a sentence that begins with its name."""
-        full = (*self.prefix, *location)
-        named = full[:-1] if full and full[-1] == "[key]" else full
-        self.document.report(full, f"{dotted(named)} {predicate}", at_key=at_key)
+        full = self._full(location)
+        self.document.report(full, f"{self.name(location)} {predicate}", at_key=at_key)
+
+    def name(self, location: Location) -> str:
+        """A location of the section as messages call it."""
+        full = self._full(location)
+        return dotted(full[:-1] if full and full[-1] == "[key]" else full)
+
+    def _full(self, location: Location) -> Location:
+        """The location in the document: without the indexes of lists that were written as their only entry."""
+        node, written = self.tree, []
+        for part in location:
+            if isinstance(part, int) and not isinstance(node, list):
+                continue
+            written.append(part)
+            node = _entry(node, part)
+        return (*self.prefix, *written)
+
+
+def _entry(node: Any, part: str | int) -> Any:
+    if isinstance(node, dict):
+        return node.get(part)
+    return node[part] if isinstance(node, list) and isinstance(part, int) else None
 
 
 def validate(section: Section, model: type[Raw], context: Context) -> Raw | None:
@@ -56,6 +76,9 @@ def _report(section: Section, model: type[BaseModel], detail: ErrorDetails) -> N
             section.report(location, f"is not known: {suggestion(str(location[-1]), known)}", at_key=True)
         case "too_short":
             section.report(location, "is empty: add at least one", at_key=True)
+        case "too_long":
+            most = detail["ctx"]["max_length"]
+            section.report(location, f"has {detail['ctx']['actual_length']} entries: keep at most {most}", at_key=True)
         case _:
             section.report(location, "must be a mapping of `key: value` lines")
 
@@ -64,7 +87,8 @@ def _fields(model: type[BaseModel], location: Iterable[str | int]) -> dict[str, 
     """The fields of the raw model at a location."""
     kind: Any = model
     for part in location:
-        kind = kind.model_fields[part].annotation if hasattr(kind, "model_fields") else get_args(kind)[1]
+        # Of a mapping the values' kind, of a list its entries'.
+        kind = kind.model_fields[part].annotation if hasattr(kind, "model_fields") else get_args(kind)[-1]
         kind = _without_none(kind)
     fields: dict[str, Any] = kind.model_fields
     return fields

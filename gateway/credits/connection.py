@@ -7,12 +7,13 @@ of that, and the server's syscalls are shared as well.
 import asyncio
 import ssl
 from collections import deque
+from collections.abc import Callable
 from typing import Any, cast
 
 import hiredis
-from redis.asyncio.connection import parse_url
 
-from gateway.credits.errors import ReplyLost, StoreRefused, StoreUnavailable, StoreUnsuitable
+from gateway.credits.addresses import Endpoint, read_url
+from gateway.credits.errors import ReplyLost, StoreRefused, StoreUnavailable
 
 #: A reply: bytes, int, None, or a list of replies.
 Reply = Any
@@ -22,7 +23,10 @@ MAX_PENDING = 20_000
 
 
 class Connection(asyncio.Protocol):
-    """A pipelined connection. Made by ``connect``; of no use once ``lost`` is set."""
+    """A pipelined connection. Made by ``connect``; of no use once ``lost`` is set.
+
+    on_lost: called once, when ``lost`` is set.
+    """
 
     def __init__(self, timeout_ms: int) -> None:
         self._loop = asyncio.get_running_loop()
@@ -33,6 +37,12 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._watchdog: asyncio.TimerHandle | None = None
         self.lost = asyncio.Event()
+        self.on_lost: Callable[[], None] | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether no command waits for its reply."""
+        return not self._pending
 
     def send(self, *command: str | bytes | int) -> "asyncio.Future[Reply]":
         """Queue a command; its reply is the future's result.
@@ -40,8 +50,21 @@ class Connection(asyncio.Protocol):
         Raises StoreUnavailable at once if nothing was written. The future raises ReplyLost if the connection
         ends first and StoreRefused for an error reply. Cancelling the future does not recall the command.
         """
-        if self.lost.is_set() or len(self._pending) >= MAX_PENDING:
+        self._check_room(1)
+        return self._queue(*command)
+
+    def send_asking(self, *command: str | bytes | int) -> "asyncio.Future[Reply]":
+        """Like ``send``, for a slot that the node does not own yet but takes in. ASKING holds for the next command
+        only, so nothing may come between the two."""
+        self._check_room(2)
+        self._queue("ASKING").add_done_callback(_ignore)  # if it fails, so does the command
+        return self._queue(*command)
+
+    def _check_room(self, commands: int) -> None:
+        if self.lost.is_set() or len(self._pending) + commands > MAX_PENDING:
             raise StoreUnavailable("the store does not answer")
+
+    def _queue(self, *command: str | bytes | int) -> "asyncio.Future[Reply]":
         future: asyncio.Future[Reply] = self._loop.create_future()
         if not self._outbox:
             self._loop.call_soon(self._flush)
@@ -74,6 +97,7 @@ class Connection(asyncio.Protocol):
             self.close()
 
     def _fail_pending(self, reason: str) -> None:
+        first = not self.lost.is_set()
         self.lost.set()
         if self._watchdog is not None:
             self._watchdog.cancel()
@@ -82,6 +106,8 @@ class Connection(asyncio.Protocol):
             future, _ = self._pending.popleft()
             if not future.done():
                 future.set_exception(ReplyLost(reason))
+        if first and self.on_lost is not None:
+            self.on_lost()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by the event loop."""
@@ -107,24 +133,30 @@ class Connection(asyncio.Protocol):
         self._fail_pending(f"the connection to the store ended: {exc or 'closed by the store'}")
 
 
-_URL_OPTIONS = {"host", "port", "path", "username", "password", "db", "ssl_ca_certs", "connection_class"}
+def _ignore(future: "asyncio.Future[Reply]") -> None:
+    if not future.cancelled():
+        future.exception()
 
 
 async def connect(url: str, timeout_ms: int) -> Connection:
-    """Connect and log in as the URL says: redis://, rediss:// or unix://.
+    """Connect to the one server that a redis://, rediss:// or unix:// URL names; see ``connect_to``.
 
     ``?ssl_ca_certs=FILE`` names the authority of a rediss:// server's certificate, if the system does not know it.
-    Raises StoreUnavailable when nobody answers in time, StoreRefused for a wrong password or database, and
-    StoreUnsuitable for an option in the URL that has no effect here.
+    Raises StoreUnsuitable for an option in the URL that has no effect here.
     """
-    options: dict[str, Any] = dict(parse_url(url))
-    if unknown := options.keys() - _URL_OPTIONS:
-        raise StoreUnsuitable(f"store.url has options that are not supported: {', '.join(sorted(unknown))}")
+    return await connect_to(read_url(url).endpoint, timeout_ms)
+
+
+async def connect_to(endpoint: Endpoint, timeout_ms: int) -> Connection:
+    """Connect and log in.
+
+    Raises StoreUnavailable when nobody answers in time, and StoreRefused for a wrong password or database.
+    """
     connection: Connection | None = None
     try:
         async with asyncio.timeout(timeout_ms / 1000):
-            connection = await _open(options, timeout_ms, tls=url.startswith("rediss://"))
-            await _log_in(connection, options)
+            connection = await _open(endpoint, timeout_ms)
+            await _log_in(connection, endpoint)
     except (OSError, TimeoutError) as error:
         if connection is not None:
             connection.close()
@@ -136,20 +168,20 @@ async def connect(url: str, timeout_ms: int) -> Connection:
     return connection
 
 
-async def _open(options: dict[str, Any], timeout_ms: int, *, tls: bool) -> Connection:
+async def _open(endpoint: Endpoint, timeout_ms: int) -> Connection:
     loop = asyncio.get_running_loop()
-    if "path" in options:
-        _, connection = await loop.create_unix_connection(lambda: Connection(timeout_ms), options["path"])
+    if endpoint.path:
+        _, connection = await loop.create_unix_connection(lambda: Connection(timeout_ms), endpoint.path)
         return connection
-    context = ssl.create_default_context(cafile=options.get("ssl_ca_certs")) if tls else None
-    host, port = options.get("host", "localhost"), options.get("port", 6379)
-    _, connection = await loop.create_connection(lambda: Connection(timeout_ms), host, port, ssl=context)
+    context = ssl.create_default_context(cafile=endpoint.ca_file) if endpoint.tls else None
+    _, connection = await loop.create_connection(
+        lambda: Connection(timeout_ms), endpoint.host, endpoint.port, ssl=context
+    )
     return connection
 
 
-async def _log_in(connection: Connection, options: dict[str, Any]) -> None:
-    if password := options.get("password"):
-        user = options.get("username")
-        await connection.send("AUTH", *([user] if user else []), password)
-    if database := options.get("db"):
-        await connection.send("SELECT", database)
+async def _log_in(connection: Connection, endpoint: Endpoint) -> None:
+    if endpoint.password:
+        await connection.send("AUTH", *([endpoint.username] if endpoint.username else []), endpoint.password)
+    if endpoint.database:
+        await connection.send("SELECT", endpoint.database)

@@ -4,7 +4,9 @@ Every account belongs to one of 256 shards, fixed for ever by its name. The shar
 that an account, its reservations, leases and ledger share one cluster slot.
 """
 
+import binascii
 import zlib
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -12,6 +14,7 @@ from typing import NamedTuple
 PREFIX = "qg1"
 SHARDS = 256
 META = f"{PREFIX}:meta"
+_KEY_START = f"{PREFIX}:"
 
 
 class ShardKeys(NamedTuple):
@@ -39,6 +42,22 @@ def shard_of(account: str) -> int:
 def account_key(account: str) -> str:
     """The key of the account's hash."""
     return f"{PREFIX}:{{{shard_of(account):02x}}}:account:{account}"
+
+
+#: Hash slots of a cluster.
+SLOTS = 16_384
+
+
+def slot_of(key: str) -> int:
+    """The cluster slot of a key: CRC-16 of what stands in its first braces, or of the whole key."""
+    start = key.find("{") + 1
+    end = key.find("}", start) if start else -1
+    return binascii.crc_hqx((key[start:end] if end > start else key).encode(), 0) % SLOTS
+
+
+def key_in(command: Sequence[str | bytes | int]) -> str | None:
+    """The key that a command concerns: its first word with the prefix of our keys. None for a command without."""
+    return next((word for word in command if isinstance(word, str) and word.startswith(_KEY_START)), None)
 
 
 ACCOUNT_PATTERN = f"{PREFIX}:{{*}}:account:*"

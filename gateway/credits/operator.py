@@ -1,5 +1,6 @@
 """What an operator does with accounts, keys and credits: the verbs of the command line."""
 
+import json
 import secrets
 import time
 from collections.abc import Mapping
@@ -17,11 +18,15 @@ from gateway.credits.keyspace import (
     shard_of,
     shard_of_reservation,
 )
+from gateway.credits.scripts import CreditKind
 from gateway.credits.service import repeat_if_lost
 from gateway.credits.store import Store
 from gateway.domain.decision import Funds, Settlement
 from gateway.domain.names import check_account_name, check_operation_id, check_reason
 from gateway.domain.plan import Plan
+
+#: What a key is for: the ledger keeps it with every charge.
+KeySource = Literal["api", "chat"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,7 @@ class ApiKey:
     id: str
     name: str
     created_at_ms: int
+    source: KeySource = "api"
 
 
 class Operator:
@@ -69,12 +75,8 @@ class Operator:
 
     async def accounts(self) -> list[str]:
         """The names of all accounts, sorted."""
-        names, cursor = [], b"0"
-        while True:
-            cursor, keys = await self._store.call("SCAN", cursor, "MATCH", ACCOUNT_PATTERN, "COUNT", 1000)
-            names += [key.decode().split(":account:", 1)[1] for key in keys]
-            if cursor == b"0":
-                return sorted(set(names))
+        keys = await self._store.scan(ACCOUNT_PATTERN)
+        return sorted(key.split(":account:", 1)[1] for key in keys)
 
     async def funds(self, account: str) -> Funds:
         """The account's credits as of now. Raises UnknownAccount, UnknownPlan."""
@@ -97,11 +99,11 @@ class Operator:
         self,
         account: str,
         amount_nano: int,
-        kind: Literal["grant", "refund"],
+        kind: CreditKind,
         operation: str | None = None,
         reason: str = "",
     ) -> tuple[int, bool]:
-        """Add prepaid credits; the new balance and whether this operation id had been done before.
+        """Add or deduct prepaid credits; the new balance and whether this operation id had been done before.
         Raises UnknownAccount, OperationConflict, Rejected."""
         check_account_name(account)
         check_reason(reason)
@@ -109,10 +111,24 @@ class Operator:
         if amount_nano < 1:
             raise Rejected("the amount must be more than 0")
         return await repeat_if_lost(
-            self._store, lambda: scripts.credit(self._store, account, operation, kind, amount_nano, reason)
+            self._store, lambda: scripts.credit(self._store, account, operation, kind, amount_nano, _note(reason))
         )
 
-    async def create_key(self, account: str, name: str = "", secret: str | None = None) -> tuple[ApiKey, str]:
+    async def refund_request(
+        self, account: str, reservation: str, operation: str | None = None, reason: str = ""
+    ) -> Settlement:
+        """Give back what a request of the last 24 h was charged, to where it came from; what that was. Raises
+        UnknownAccount, UnknownReservation, OperationConflict, Rejected."""
+        check_account_name(account)
+        check_reason(reason)
+        operation = check_operation_id(operation or _new_operation())
+        return await repeat_if_lost(
+            self._store, lambda: scripts.refund(self._store, account, operation, reservation, _note(reason))
+        )
+
+    async def create_key(
+        self, account: str, name: str = "", secret: str | None = None, source: KeySource = "api"
+    ) -> tuple[ApiKey, str]:
         """Make a key, of a new secret or of one given; the key and its secret. Raises UnknownAccount, ValueError
         for an unusable name or secret, EngineError for a secret that another key has."""
         check_account_name(account)
@@ -124,12 +140,14 @@ class Operator:
         created_ms = time.time_ns() // 1_000_000
         index = shard_keys(digest.shard).api_keys
         # The account first: an index entry that leads to an account without the key is refused, never the reverse.
-        if not await self._store.call("HSETNX", account_key(account), f"k:{digest.id}", f"{created_ms}|{name}"):
+        if not await self._store.call(
+            "HSETNX", account_key(account), f"k:{digest.id}", f"{created_ms}|{name}|{source}"
+        ):
             raise EngineError(f"account {account!r} has a key with this secret already")
-        if not await self._store.call("HSETNX", index, digest.id, f"{account}|{digest.hex}"):
+        if not await self._store.call("HSETNX", index, digest.id, f"{account}|{digest.hex}|{source}"):
             await self._store.call("HDEL", account_key(account), f"k:{digest.id}")
             raise EngineError("another account has a key with this secret already")
-        return ApiKey(f"key_{digest.id}", name, created_ms), secret
+        return ApiKey(f"key_{digest.id}", name, created_ms, source), secret
 
     async def keys(self, account: str) -> list[ApiKey]:
         """The account's keys, oldest first. Raises UnknownAccount."""
@@ -140,8 +158,9 @@ class Operator:
         found = []
         for field, value in zip(flat[::2], flat[1::2], strict=True):
             if field.startswith("k:"):
-                created, name = value.split("|", 1)
-                found.append(ApiKey(f"key_{field[2:]}", name, int(created)))
+                created, name, *source = value.split("|")
+                kept: KeySource = "chat" if source == ["chat"] else "api"
+                found.append(ApiKey(f"key_{field[2:]}", name, int(created), kept))
         return sorted(found, key=lambda key: key.created_at_ms)
 
     async def revoke_key(self, key: str) -> str:
@@ -202,15 +221,20 @@ class Operator:
 
 
 def _open_reservation(name: bytes, text: bytes) -> OpenReservation:
-    parts = text.decode().split("|")
+    fields = text.decode().split("|")
+    from_allowance = sum(int(part.partition("@")[0]) for part in fields[2].split(";") if part)
     return OpenReservation(
         id=name.decode(),
-        account=parts[1],
-        held_nano=int(parts[3]) + int(parts[4]),
-        created_at_ms=int(parts[8]),
-        lease_expires_at_ms=int(parts[9]),
-        model=parts[12],
+        account=fields[1],
+        held_nano=from_allowance + int(fields[3]),
+        created_at_ms=int(fields[8]),
+        lease_expires_at_ms=int(fields[9]),
+        model=fields[12],
     )
+
+
+def _note(reason: str) -> str:
+    return json.dumps({"reason": reason}) if reason else ""
 
 
 def _new_operation() -> str:

@@ -4,16 +4,19 @@ None of these repeats anything; ``service.py`` does, by id. All raise StoreUnava
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 from gateway.credits.errors import OperationConflict, Rejected, UnknownAccount, UnknownReservation
 from gateway.credits.keyspace import account_key, money_keys, shard_keys
 from gateway.credits.store import Store
-from gateway.domain.decision import Funds, Reserved, Settlement
+from gateway.domain.decision import Extended, Funds, Repeated, Reserved, Settlement, WindowFunds
 from gateway.domain.money import format_credits
-from gateway.domain.plan import DAY_MS, Plan
+from gateway.domain.plan import Plan
 from gateway.domain.price import Cost
+
+CreditKind = Literal["grant", "refund", "deduct"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +28,22 @@ class NotReserved:
     funds: Funds | None = None
 
 
-def terms_of(plan: Plan) -> tuple[str, int, int, int, int]:
-    """The plan's five values that the scripts take: kind, amount, refresh, rate, payg."""
-    allowance = plan.allowance
-    if allowance is None:  # windows of a day that grant nothing, so that the scripts know only one kind of plan
-        return "per_window", 0, DAY_MS, plan.rate_ppm, int(plan.payg)
-    return allowance.kind, allowance.amount_nano, allowance.refresh_ms, plan.rate_ppm, int(plan.payg)
+@dataclass(frozen=True, slots=True)
+class RepeatKey:
+    """A client's idempotency key and the body that came with it, as hashes of 24 hex digits each."""
+
+    key_hash: str
+    body_hash: str
+
+
+_NO_REPEAT = RepeatKey("", "")
+_WINDOW_VALUES = 6
+
+
+def terms_of(plan: Plan) -> tuple[str | int, ...]:
+    """The plan's values that the scripts take: rate, payg, on_lost, then kind, amount and refresh of each window."""
+    windows = ((window.kind, window.amount_nano, window.refresh_ms) for window in plan.allowances)
+    return (plan.rate_ppm, int(plan.payg), plan.on_lost, *chain.from_iterable(windows))
 
 
 def _gateway_ms() -> int:
@@ -38,19 +51,16 @@ def _gateway_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _funds(values: list[bytes], plan: Plan) -> Funds:
-    name, granted, used, held, balance, balance_held, window_end, next_granted, now, sequence = values
+def _funds(values: list[bytes]) -> Funds:
+    name, balance, balance_held, now, sequence, *rest = values
+    numbers = [int(value) for value in rest]
     return Funds(
         plan=name.decode(),
-        granted_nano=int(granted),
-        used_nano=int(used),
-        held_nano=int(held),
         balance_nano=int(balance),
         balance_held_nano=int(balance_held),
-        resets_at_ms=int(window_end) if plan.allowance else None,
-        next_granted_nano=int(next_granted),
         now_ms=int(now),
         sequence=int(sequence),
+        windows=tuple(WindowFunds(*numbers[at : at + _WINDOW_VALUES]) for at in range(0, len(numbers), _WINDOW_VALUES)),
     )
 
 
@@ -62,40 +72,90 @@ async def reserve(
     plan: Plan,
     amount: Cost,
     minimum_nano: int,
+    alone_nano: int,
     lease_ms: int,
     key_id: str,
     model: str,
-) -> Reserved | NotReserved:
-    """Hold up to amount and at least minimum_nano (list price) for lease_ms."""
+    repeat: RepeatKey | None = None,
+) -> Reserved | NotReserved | Repeated:
+    """Hold up to amount for lease_ms, and at least minimum_nano (list price), or alone_nano if no other request of the
+    account holds credits."""
+    repeat = repeat or _NO_REPEAT
     reply = await store.run(
         "reserve",
         money_keys(account),
         (
-            *(account, reservation, amount.payg_nano, amount.plan_nano, minimum_nano, lease_ms, _gateway_ms()),
-            *(plan.name, *terms_of(plan), key_id, model),
+            *(account, reservation, amount.payg_nano, amount.plan_nano, minimum_nano, alone_nano, lease_ms),
+            *(_gateway_ms(), key_id, model, repeat.key_hash, repeat.body_hash, plan.name, *terms_of(plan)),
         ),
     )
     match reply[0]:
         case b"reserved":
             _, from_allowance, from_balance, covered, *funds = reply
-            return Reserved(reservation, int(covered), int(from_allowance), int(from_balance), _funds(funds, plan))
+            return Reserved(reservation, int(covered), int(from_allowance), int(from_balance), _funds(funds))
         case b"denied":
-            return NotReserved("denied", plan.name, _funds(reply[1:], plan))
+            return NotReserved("denied", plan.name, _funds(reply[1:]))
         case b"other_plan":
             return NotReserved("other_plan", reply[1].decode())
+        case b"other_body":
+            return Repeated("other_body")
+        case (b"in_progress" | b"answered") as state:
+            return Repeated(state.decode(), reply[1].decode(), int(reply[2]))  # type: ignore[arg-type]
         case outcome:
             return NotReserved(outcome.decode())  # type: ignore[arg-type]
 
 
-async def settle(store: Store, account: str, reservation: str, *, plan: Plan, cost: Cost, note: str) -> Settlement:
-    """Charge the cost. plan: the one it was reserved under. Raises UnknownAccount, UnknownReservation."""
+async def extend(
+    store: Store,
+    account: str,
+    reservation: str,
+    *,
+    plan: Plan,
+    wanted: Cost,
+    seen: Cost,
+    seen_note: str,
+    lease_ms: int,
+) -> Extended:
+    """Hold wanted in all, as far as there are credits, for lease_ms from now; seen is what the request costs so far.
+    plan: the one it was reserved under. Raises UnknownAccount, UnknownReservation."""
+    reply = await store.run(
+        "extend",
+        money_keys(account),
+        (
+            *(account, reservation, wanted.payg_nano, wanted.plan_nano, seen.payg_nano, seen.plan_nano, seen_note),
+            *(lease_ms, _gateway_ms(), plan.name, *terms_of(plan)),
+        ),
+    )
+    _check_known(reply[0], account, reservation)
+    if reply[0] == b"ended":
+        return Extended(0, 0, 0, open=False, funds=_funds(reply[2:]))
+    _, from_allowance, from_balance, covered, *funds = reply
+    return Extended(int(covered), int(from_allowance), int(from_balance), open=True, funds=_funds(funds))
+
+
+async def settle(
+    store: Store,
+    account: str,
+    reservation: str,
+    *,
+    plan: Plan,
+    cost: Cost,
+    note: str,
+    created_ms: int = 0,
+    key_id: str = "",
+    model: str = "",
+) -> Settlement:
+    """Charge the cost. plan: the one it was reserved under. created_ms: when, on the store's clock; less than 24 h ago
+    the cost is charged even if the store has lost the reservation. Raises UnknownAccount, UnknownReservation."""
     reply = await store.run(
         "settle",
         money_keys(account),
-        (account, reservation, cost.payg_nano, cost.plan_nano, note, plan.name, *terms_of(plan)),
+        (
+            *(account, reservation, cost.payg_nano, cost.plan_nano, note, created_ms, key_id, model),
+            *(plan.name, *terms_of(plan)),
+        ),
     )
-    settlement = _settlement(reply, account, reservation)
-    return settlement if len(reply) == 6 else _with_funds(settlement, _funds(reply[6:], plan))
+    return replace(_settlement(reply, account, reservation), funds=_funds(reply[6:]))
 
 
 async def release(
@@ -106,12 +166,27 @@ async def release(
     return None if reply[0] == b"open" else _settlement(reply, account, reservation)
 
 
-def _settlement(reply: list[bytes], account: str, reservation: str) -> Settlement:
+async def refund(store: Store, account: str, operation: str, reservation: str, note: str) -> Settlement:
+    """Give back what a request was charged; what that was. Raises UnknownAccount, UnknownReservation,
+    OperationConflict, Rejected."""
+    reply = await store.run("refund", money_keys(account), (account, operation, reservation, note))
     match reply[0]:
-        case b"unknown_account":
-            raise UnknownAccount(account)
-        case b"unknown_reservation":
-            raise UnknownReservation(reservation)
+        case b"conflict":
+            raise OperationConflict(operation)
+        case b"not_settled":
+            raise Rejected(f"{reservation} is {reply[1].decode()}: only what was charged can be refunded")
+    return _settlement(reply, account, reservation)
+
+
+def _check_known(outcome: bytes, account: str, reservation: str) -> None:
+    if outcome == b"unknown_account":
+        raise UnknownAccount(account)
+    if outcome == b"unknown_reservation":
+        raise UnknownReservation(reservation)
+
+
+def _settlement(reply: list[bytes], account: str, reservation: str) -> Settlement:
+    _check_known(reply[0], account, reservation)
     state, _, from_allowance, from_balance, written_off, repeated = reply[:6]
     return Settlement(
         reservation_id=reservation,
@@ -120,19 +195,6 @@ def _settlement(reply: list[bytes], account: str, reservation: str) -> Settlemen
         from_balance_nano=int(from_balance),
         written_off_nano=int(written_off),
         repeated=repeated == b"1",
-        funds=None,
-    )
-
-
-def _with_funds(settlement: Settlement, funds: Funds) -> Settlement:
-    return Settlement(
-        settlement.reservation_id,
-        settlement.state,
-        settlement.from_allowance_nano,
-        settlement.from_balance_nano,
-        settlement.written_off_nano,
-        settlement.repeated,
-        funds,
     )
 
 
@@ -150,14 +212,14 @@ async def create(store: Store, account: str, plan: Plan) -> Funds:
     reply = await store.run("create", (keys[0], keys[3]), (account, plan.name, *terms_of(plan)))
     if reply[0] == b"exists":
         raise Rejected(f"account {account!r} exists already, on plan {reply[1].decode()!r}")
-    return _funds(reply[1:], plan)
+    return _funds(reply[1:])
 
 
 async def set_plan(store: Store, account: str, operation: str, version: int, plan: Plan) -> Funds:
     """Move an account to a plan. version 0: whatever comes next. Raises UnknownAccount, OperationConflict,
     Rejected for a version that is not newer, or while the clocks differ."""
     reply = await store.run(
-        "set_plan", money_keys(account), (account, operation, version, plan.name, *terms_of(plan), _gateway_ms())
+        "set_plan", money_keys(account), (account, operation, version, _gateway_ms(), plan.name, *terms_of(plan))
     )
     match reply[0]:
         case b"unknown_account":
@@ -170,15 +232,15 @@ async def set_plan(store: Store, account: str, operation: str, version: int, pla
             raise Rejected(
                 f"version {version} is not newer than {reply[1].decode()}, which was applied; nothing was done"
             )
-    return _funds(reply[2:], plan)
+    return _funds(reply[2:])
 
 
 async def credit(
-    store: Store, account: str, operation: str, kind: Literal["grant", "refund"], amount_nano: int, reason: str
+    store: Store, account: str, operation: str, kind: CreditKind, amount_nano: int, note: str
 ) -> tuple[int, bool]:
-    """Add prepaid credits: the new balance, and whether the operation had been done before.
+    """Add or deduct prepaid credits: the new balance, and whether the operation had been done before.
     Raises UnknownAccount, OperationConflict, Rejected."""
-    reply = await store.run("credit", money_keys(account), (account, operation, kind, amount_nano, reason))
+    reply = await store.run("credit", money_keys(account), (account, operation, kind, amount_nano, note))
     match reply[0]:
         case b"unknown_account":
             raise UnknownAccount(account)
@@ -186,6 +248,8 @@ async def credit(
             raise OperationConflict(operation)
         case b"too_large":
             raise Rejected(f"the balance has room for {format_credits(int(reply[1]))} credits more")
+        case b"exceeds_free":
+            raise Rejected(f"at most {format_credits(int(reply[1]))} credits are neither spent nor held by requests")
         case b"exceeds_spent":
             raise Rejected(
                 f"at most {format_credits(int(reply[1]))} credits were charged to the balance and not refunded yet"
@@ -201,4 +265,4 @@ async def show(store: Store, account: str, plan: Plan) -> Funds | str:
             raise UnknownAccount(account)
         case b"other_plan":
             return reply[1].decode()
-    return _funds(reply[1:], plan)
+    return _funds(reply[1:])

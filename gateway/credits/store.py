@@ -1,4 +1,4 @@
-"""The store: one node, reached over one connection that is made again whenever it is lost."""
+"""The store as the engine sees it: scripts and commands, whatever the arrangement of nodes behind its URL."""
 
 import asyncio
 import contextlib
@@ -6,19 +6,26 @@ import hashlib
 import logging
 import re
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
-from gateway.credits.connection import Connection, Reply, connect
-from gateway.credits.errors import StoreError, StoreRefused, StoreUnavailable, StoreUnsuitable
-from gateway.credits.keyspace import META, PREFIX, SHARDS, shard_keys
+from gateway.credits.addresses import read_url
+from gateway.credits.cluster import Cluster
+from gateway.credits.connection import Connection, Reply
+from gateway.credits.errors import StoreRefused, StoreUnsuitable
+from gateway.credits.keyspace import META, PREFIX, SHARDS, key_in, shard_keys
+from gateway.credits.sentinel import SentinelLocator
+from gateway.credits.single import FixedLocator, SinglePrimary
+from gateway.credits.topology import Changed, Opener, Topology, code_of
 from gateway.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-SCRIPTS = ("reserve", "settle", "release", "due", "create", "set_plan", "credit", "show")
+SCRIPTS = ("reserve", "extend", "settle", "release", "due", "create", "set_plan", "credit", "refund", "show")
 _INCLUDE = re.compile(r"^--#include (.+)$", re.MULTILINE)
-_RECONNECT_FIRST_S, _RECONNECT_MOST_S = 0.02, 0.5
+_SETTINGS = ("maxmemory", "maxmemory-policy", "appendonly", "appendfsync")
+_SCAN_COUNT = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,114 +49,116 @@ def load_script(name: str) -> Script:
 
 
 class Store:
-    """Runs the scripts on one store node.
+    """Runs the scripts on the store's primaries: one server, one that sentinels watch, or those of a cluster.
 
-    Calls fail at once with StoreUnavailable while there is no connection; nothing is ever sent twice from here,
-    because only the caller knows what may be repeated.
+    Calls fail at once with StoreUnavailable while there is no connection to the node that they need. Nothing that may
+    have run is ever sent twice from here, because only the caller knows what may be repeated.
+
+    on_failover: called after calls go to another primary than before, or to one that was started again. It may lack
+    the last writes of the one before, though they were answered.
     """
 
-    def __init__(self, url: str, timeout_ms: int, metrics: Metrics, *, allow_unsafe: bool = False) -> None:
+    def __init__(
+        self,
+        url: str,
+        timeout_ms: int,
+        metrics: Metrics,
+        *,
+        allow_unsafe: bool = False,
+        scripts: Sequence[Script] | None = None,
+    ) -> None:
+        """url: as ``read_url`` takes it, which raises StoreUnsuitable. scripts: instead of the engine's."""
+        self.on_failover: Callable[[], None] | None = None
         self._allow_unsafe = allow_unsafe
-        self._url = url
-        self._timeout_ms = timeout_ms
         self._metrics = metrics
-        self._scripts = {name: load_script(name) for name in SCRIPTS}
-        self._connection: Connection | None = None
-        self._connected = asyncio.Event()
-        self._keeper: asyncio.Task[None] | None = None
+        self._scripts = {script.name: script for script in scripts or map(load_script, SCRIPTS)}
+        texts = [script.text for script in self._scripts.values()]
+        self._topology = _topology(url, timeout_ms, texts, self._failed_over)
 
     async def start(self) -> None:
-        """Connect, check the store's settings, lay out the shards. Raises StoreError where that fails."""
-        await self._connect()
-        if not self._allow_unsafe:
-            await self._check_settings()
+        """Connect, check the settings of every primary, lay out the shards. Raises StoreError where that fails."""
+        await self._topology.start()
+        for connection in self._topology.primaries():
+            await self._check_settings(connection)
         if not await self.call("EXISTS", META):
             await self._install()
-        self._keeper = asyncio.create_task(self._keep_connected(), name="store-connection")
 
     async def close(self) -> None:
-        """Give up the connection."""
-        if self._keeper is not None:
-            self._keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._keeper
-        if self._connection is not None:
-            self._connection.close()
+        """Give up the connections."""
+        await self._topology.close()
 
     async def call(self, *command: str | bytes | int) -> Reply:
-        """One plain command. Raises StoreUnavailable or StoreRefused."""
-        if self._connection is None:
-            raise StoreUnavailable("there is no connection to the store")
-        return await self._connection.send(*command)
+        """One plain command: on the primary of the key in it, or without a key of ours (PING, TIME) on any.
+        Raises StoreUnavailable or StoreRefused."""
+        return await self._topology.send(key_in(command), command)
 
     async def run(self, name: str, keys: tuple[str, ...], args: tuple[str | int, ...]) -> list[bytes]:
-        """One script. Raises StoreUnavailable or StoreRefused."""
+        """One script; its keys share a slot. Raises StoreUnavailable or StoreRefused."""
         script = self._scripts[name]
         started = time.perf_counter()
         try:
-            reply = await self.call("EVALSHA", script.sha, len(keys), *keys, *args)
-        except StoreRefused as error:
-            if not str(error).startswith("NOSCRIPT"):
+            reply = await self._topology.send(keys[0], ("EVALSHA", script.sha, len(keys), *keys, *args))
+        except StoreRefused as refusal:
+            if code_of(refusal) != "NOSCRIPT":
                 raise
-            # Flushed, or another node since a failover: the script did not run, so it may be sent again.
-            reply = await self.call("EVAL", script.text, len(keys), *keys, *args)
+            # Flushed: the script did not run, so it may be sent again.
+            reply = await self._topology.send(keys[0], ("EVAL", script.text, len(keys), *keys, *args))
         self._metrics.store_call(name, time.perf_counter() - started)
         return reply  # type: ignore[no-any-return]
 
+    async def scan(self, pattern: str) -> list[str]:
+        """The keys that match a glob pattern, on all primaries, each once, in no order. A key that moves to another
+        node meanwhile may be missing. Raises StoreUnavailable or StoreRefused."""
+        found: set[str] = set()
+        for connection in self._topology.primaries():
+            cursor = b"0"
+            while True:
+                cursor, keys = await connection.send("SCAN", cursor, "MATCH", pattern, "COUNT", _SCAN_COUNT)
+                found.update(key.decode() for key in keys)
+                if cursor == b"0":
+                    break
+        return list(found)
+
     async def wait_connected(self, timeout_s: float) -> bool:
-        """Whether there is a connection within timeout_s."""
+        """Whether every primary has a connection within timeout_s."""
+        connected = self._topology.connected
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await self._connected.wait()
-        return self._connected.is_set()
-
-    async def _connect(self) -> None:
-        connection = await connect(self._url, self._timeout_ms)
-        try:
-            await asyncio.gather(*(connection.send("SCRIPT", "LOAD", script.text) for script in self._scripts.values()))
-        except BaseException:
-            connection.close()
-            raise
-        self._connection = connection
-        self._connected.set()
-
-    async def _keep_connected(self) -> None:
-        pause_s = _RECONNECT_FIRST_S
-        while True:
-            if self._connection is not None:
-                await self._connection.lost.wait()
-                self._connection = None
-                self._connected.clear()
-                log.warning("lost the connection to the store")
-                pause_s = _RECONNECT_FIRST_S
-            try:
-                await self._connect()
-                log.info("connected to the store again")
-            except StoreError as error:
-                log.debug("store: %s", error)
-                await asyncio.sleep(pause_s)
-                pause_s = min(pause_s * 2, _RECONNECT_MOST_S)
+                await connected.wait()
+        return connected.is_set()
 
     async def settings(self) -> dict[str, str]:
-        """The store's own settings that decide what a failure can cost."""
-        names = ("maxmemory", "maxmemory-policy", "appendonly", "appendfsync")
-        reply = await self.call("CONFIG", "GET", *names)
-        texts = [text.decode() for text in reply]
-        return dict(zip(texts[::2], texts[1::2], strict=True))
+        """The store's own settings that decide what a failure can cost. Where primaries differ: all their values,
+        joined by slashes. Raises StoreUnavailable, or StoreRefused where they are not told."""
+        each = [await _settings_of(connection) for connection in self._topology.primaries()]
+        return {name: "/".join(sorted({settings[name] for settings in each})) for name in each[0]}
 
-    async def _check_settings(self) -> None:
+    async def _check_settings(self, connection: Connection) -> None:
         try:
-            settings = await self.settings()
+            settings = await _settings_of(connection)
         except StoreRefused as error:  # managed stores forbid CONFIG
             log.warning("cannot read the store's settings: %s", error)
             return
+        mistakes = []
         if settings.get("maxmemory", "0") != "0" and settings.get("maxmemory-policy") != "noeviction":
-            raise StoreUnsuitable(
+            mistakes.append(
                 f"the store may evict keys (maxmemory-policy {settings['maxmemory-policy']}) and would lose "
                 "customers' credits: set maxmemory-policy noeviction"
             )
         if settings.get("appendonly") != "yes":
-            log.warning("the store does not keep an append-only file: a crash of it loses credits (set appendonly yes)")
+            mistakes.append("the store keeps no append-only file and loses credits when it stops: set appendonly yes")
+        if mistakes and not self._allow_unsafe:
+            raise StoreUnsuitable("; ".join([*mistakes, "or set store.allow_unsafe to start all the same"]))
+        for mistake in mistakes:
+            log.warning("%s", mistake)
+
+    def _failed_over(self) -> None:
+        log.warning("the store has another primary than before, or one that was started again")
+        if self.on_failover is not None:
+            try:
+                self.on_failover()
+            except Exception:  # whatever it is: it must not end the task that keeps the connection
+                log.exception("what follows a failover failed")
 
     async def _install(self) -> None:
         # Per-shard keys exist from the start: while a cluster slot migrates, a script whose declared key is
@@ -167,3 +176,20 @@ class Store:
             if isinstance(result, BaseException) and not str(result).startswith("BUSYGROUP"):
                 raise result
         await self.call("HSET", META, "layout", PREFIX, "shards", SHARDS)
+
+
+def _topology(url: str, timeout_ms: int, script_texts: Sequence[str], changed: Changed) -> Topology:
+    where = read_url(url)
+    opener = Opener(timeout_ms, "cluster" if where.kind == "cluster" else "standalone", script_texts)
+    match where.kind:
+        case "cluster":
+            return Cluster(where, timeout_ms, opener, changed)
+        case "sentinel":
+            return SinglePrimary(SentinelLocator(where, timeout_ms, opener), timeout_ms, changed)
+        case "single":
+            return SinglePrimary(FixedLocator(where.endpoint, opener), timeout_ms, changed)
+
+
+async def _settings_of(connection: Connection) -> dict[str, str]:
+    texts = [text.decode() for text in await connection.send("CONFIG", "GET", *_SETTINGS)]
+    return dict(zip(texts[::2], texts[1::2], strict=True))

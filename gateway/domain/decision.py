@@ -9,33 +9,82 @@ Source = Literal["allowance", "payg", "mixed"]
 
 
 @dataclass(frozen=True, slots=True)
-class Funds:
-    """An account's credits at one moment of the store's clock, in nano-credits.
+class WindowFunds:
+    """One window of an allowance. refresh_ms: its length. resets_at_ms: its end, milliseconds since 1970.
+    next_granted_nano: what the next window will grant."""
 
-    resets_at_ms: end of the window, milliseconds since 1970; None on a plan without an allowance.
-    next_granted_nano: what the next window will grant.
-    """
-
-    plan: str
+    refresh_ms: int
     granted_nano: int
     used_nano: int
     held_nano: int
+    resets_at_ms: int
+    next_granted_nano: int
+
+    @property
+    def remaining_nano(self) -> int:
+        """What the window can still pay; 0 after a downgrade below what was used."""
+        return max(0, self.granted_nano - self.used_nano - self.held_nano)
+
+
+_NO_WINDOW = WindowFunds(0, 0, 0, 0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Funds:
+    """An account's credits at one moment of the store's clock, in nano-credits.
+
+    windows: in the plan's order; none on a plan without an allowance.
+    """
+
+    plan: str
     balance_nano: int
     balance_held_nano: int
-    resets_at_ms: int | None
-    next_granted_nano: int
     now_ms: int
     sequence: int
+    windows: tuple[WindowFunds, ...] = ()
+
+    @property
+    def tightest(self) -> WindowFunds:
+        """The window that decides: the least remains in it; of several such, the one that refreshes last."""
+        return min(self.windows, key=lambda window: (window.remaining_nano, -window.resets_at_ms), default=_NO_WINDOW)
+
+    @property
+    def granted_nano(self) -> int:
+        """What the deciding window granted."""
+        return self.tightest.granted_nano
+
+    @property
+    def used_nano(self) -> int:
+        """What was used of the deciding window."""
+        return self.tightest.used_nano
 
     @property
     def allowance_remaining_nano(self) -> int:
-        """What the allowance can still pay; 0 after a downgrade below what was used."""
-        return max(0, self.granted_nano - self.used_nano - self.held_nano)
+        """What the allowance can still pay."""
+        return self.tightest.remaining_nano
+
+    @property
+    def held_nano(self) -> int:
+        """What requests in flight hold of the deciding window."""
+        return self.tightest.held_nano
+
+    @property
+    def resets_at_ms(self) -> int | None:
+        """When the deciding window refreshes; None on a plan without an allowance."""
+        return self.tightest.resets_at_ms if self.windows else None
 
     @property
     def balance_free_nano(self) -> int:
         """Prepaid credits that no request in flight holds."""
         return self.balance_nano - self.balance_held_nano
+
+    def allowance_at_refresh_nano(self) -> int:
+        """What the allowance could pay just after resets_at_ms, if nothing is used until then."""
+        at = self.resets_at_ms or 0
+        return min(
+            (w.next_granted_nano if w.resets_at_ms <= at else w.granted_nano - w.used_nano for w in self.windows),
+            default=0,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +109,32 @@ class Reserved:
         return source_of(self.from_allowance_nano, self.from_balance_nano)
 
 
+@dataclass(frozen=True, slots=True)
+class Extended:
+    """A hold as it is after it was extended. payg_nano: the list-price cost that it covers now; less than was asked for
+    where credits ran short. open: whether the reservation still is."""
+
+    payg_nano: int
+    from_allowance_nano: int
+    from_balance_nano: int
+    open: bool
+    funds: Funds
+
+    @property
+    def held_nano(self) -> int:
+        """Credits held, from both sources."""
+        return self.from_allowance_nano + self.from_balance_nano
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """The client sent an idempotency key again. cost_nano: what the first request was charged, once answered."""
+
+    state: Literal["in_progress", "answered", "other_body"]
+    reservation_id: str = ""
+    cost_nano: int = 0
+
+
 Reason = Literal["credits_in_flight", "refresh_soon", "allowance_spent", "exceeds_balance", "no_credits"]
 
 
@@ -74,11 +149,11 @@ class Denied:
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """How a reservation ended: who paid what, in nano-credits. state: settled, voided or expired.
-    repeated: it had ended before. funds: the account afterwards; None after a release."""
+    """How a reservation ended: who paid what, in nano-credits. state: settled, voided,
+    expired or refunded. repeated: it had ended before. funds: the account afterwards; None after a release."""
 
     reservation_id: str
-    state: Literal["settled", "voided", "expired"]
+    state: Literal["settled", "voided", "expired", "refunded"]
     from_allowance_nano: int
     from_balance_nano: int
     written_off_nano: int
@@ -104,15 +179,18 @@ def deny(required_nano: int, funds: Funds, plan: Plan) -> Denied:
     """Name the reason why required_nano (list price) was not to be had from funds."""
     balance = funds.balance_nano if plan.payg else 0
     free = affordable_nano(funds, plan)
-    in_flight = _at_list_price(funds.held_nano, plan) + (funds.balance_held_nano if plan.payg else 0)
-    fits_next_window = _at_list_price(funds.next_granted_nano, plan) + balance >= required_nano
+    # Once nothing is in flight, the window that then is tightest decides.
+    idle = min((max(0, window.granted_nano - window.used_nano) for window in funds.windows), default=0)
+    held = any(window.held_nano for window in funds.windows) or (plan.payg and funds.balance_held_nano > 0)
+    fits_when_idle = _at_list_price(idle, plan) + balance >= required_nano
+    fits_next_window = _at_list_price(funds.allowance_at_refresh_nano(), plan) + balance >= required_nano
     reason: Reason
-    if in_flight and free + in_flight >= required_nano:
+    if held and fits_when_idle:
         reason = "credits_in_flight"
     elif funds.resets_at_ms is not None and fits_next_window:
         reason = "refresh_soon" if funds.resets_at_ms - funds.now_ms <= SOON_MS else "allowance_spent"
     else:
-        reason = "exceeds_balance" if free + in_flight else "no_credits"
+        reason = "exceeds_balance" if free or held else "no_credits"
     return Denied(reason, required_nano, funds)
 
 

@@ -10,7 +10,9 @@ class Model:
     """A priced model and the upstream that serves it.
 
     context_window, max_output_tokens: tokens. template_tokens: the most that the upstream's chat template adds
-    to a prompt beyond one token per byte of the request.
+    to a prompt beyond one token per byte of the request. hidden_reasoning: it bills reasoning that it does not
+    stream, so that what a stream shows says nothing about its cost. price_version: 8 hex digits that stand for the
+    prices.
     """
 
     name: str
@@ -19,3 +21,5 @@ class Model:
     context_window: int
     max_output_tokens: int
     template_tokens: int = 256
+    hidden_reasoning: bool = False
+    price_version: str = ""

@@ -23,14 +23,24 @@ class Allowance:
     refresh_ms: int
 
 
+#: What a request is charged whose gateway died: what it was seen to cost, its whole hold, or nothing.
+OnLost = Literal["charge_seen", "charge_hold", "release"]
+
+#: The most windows that one plan may have at once.
+MAX_WINDOWS = 4
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """One plan of the configuration.
 
-    rate_ppm is what the allowance pays of the list price; prepaid credits (payg) always pay all of it.
+    allowances: up to MAX_WINDOWS, each with a refresh of its own. Whatever is charged counts in all of them, and the
+    tightest decides. rate_ppm is what the allowance pays of the list price; prepaid credits (payg) always pay all of
+    it.
     """
 
     name: str
-    allowance: Allowance | None
+    allowances: tuple[Allowance, ...] = ()
     rate_ppm: int = FULL_RATE_PPM
     payg: bool = True
+    on_lost: OnLost = "charge_seen"

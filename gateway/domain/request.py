@@ -90,6 +90,7 @@ class Ask:
     echo: bool = False
     stream: bool = False
     wants_usage: bool = False
+    wants_running_usage: bool = False
 
     def of_size(self, size_bytes: int) -> "Ask":
         """The same, with the size of the body that will be forwarded added."""
@@ -201,7 +202,7 @@ def _read_chat(body: dict[str, Any], model: str, size_bytes: int) -> Ask:
         if not isinstance(tool, dict) or tool.get("type") not in ("function", "custom"):
             raise InvalidRequest("only tools of type 'function' or 'custom' are supported", f"tools[{index}].type")
     limits = [_whole(body, name, 1) for name in ("max_completion_tokens", "max_tokens")]
-    stream, wants_usage = _read_stream(body)
+    streamed = _read_stream(body)
     return Ask(
         "chat",
         model,
@@ -209,8 +210,7 @@ def _read_chat(body: dict[str, Any], model: str, size_bytes: int) -> Ask:
         template_bytes=_as_template_writes(body),
         completions=_whole(body, "n", 1, MAX_COMPLETIONS) or 1,
         max_tokens=min((limit for limit in limits if limit is not None), default=None),
-        stream=stream,
-        wants_usage=wants_usage,
+        **streamed,
     )
 
 
@@ -243,7 +243,7 @@ def _check_template_arguments(body: dict[str, Any]) -> None:
 
 def _read_completion(body: dict[str, Any], model: str, size_bytes: int) -> Ask:
     prompts, least = _count_prompts(body, "prompt")
-    stream, wants_usage = _read_stream(body)
+    streamed = _read_stream(body)
     return Ask(
         "text_completion",
         model,
@@ -254,8 +254,7 @@ def _read_completion(body: dict[str, Any], model: str, size_bytes: int) -> Ask:
         # The API's own default of 16 is not every server's: the limit is always sent.
         max_tokens=_whole(body, "max_tokens", 1) or 16,
         echo=_bool(body, "echo"),
-        stream=stream,
-        wants_usage=wants_usage,
+        **streamed,
     )
 
 
@@ -300,10 +299,14 @@ def _count_prompts(body: dict[str, Any], field: str) -> tuple[int, int]:
     return len(value), least
 
 
-def _read_stream(body: dict[str, Any]) -> tuple[bool, bool]:
-    stream = _bool(body, "stream")
+def _read_stream(body: dict[str, Any]) -> dict[str, bool]:
+    """The fields of Ask that concern streams."""
     options = _dict(body, "stream_options")
-    return stream, _bool(options, "include_usage", "stream_options.include_usage")
+    return {
+        "stream": _bool(body, "stream"),
+        "wants_usage": _bool(options, "include_usage", "stream_options.include_usage"),
+        "wants_running_usage": _bool(options, "continuous_usage_stats", "stream_options.continuous_usage_stats"),
+    }
 
 
 def _whole(body: dict[str, Any], name: str, least: int, most: int = 10**9) -> int | None:

@@ -191,6 +191,7 @@ class _Question:
     stops: tuple[str, ...]
     stream: bool
     include_usage: bool
+    running_usage: bool
 
 
 async def _read(request: web.Request) -> _Body:
@@ -224,6 +225,7 @@ def _question(body: _Body, prompts: tuple[_Prompt, ...]) -> _Question:
         stops=_stops(body),
         stream=stream,
         include_usage=_boolean(options or {}, "include_usage"),
+        running_usage=_boolean(options or {}, "continuous_usage_stats"),
     )
 
 
@@ -354,10 +356,13 @@ def _choice(question: _Question, text: str, index: int) -> _Choice:
     return _Choice(index, tuple(tokens), "stop")
 
 
-def _usage(question: _Question, choices: Sequence[_Choice]) -> _Body:
+def _usage(question: _Question, completion: int) -> _Body:
     prompt = sum(prompt.tokens for prompt in question.prompts)
-    completion = sum(len(choice.tokens) for choice in choices)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _length(choices: Sequence[_Choice]) -> int:
+    return sum(len(choice.tokens) for choice in choices)
 
 
 async def _answer(request: web.Request, question: _Question, api: _Api) -> web.StreamResponse:
@@ -371,7 +376,7 @@ async def _answer(request: web.Request, question: _Question, api: _Api) -> web.S
     }
     if not question.stream:
         whole = [api.whole(choice) for choice in choices]
-        return _json({**frame, "choices": whole, "usage": _usage(question, choices)})
+        return _json({**frame, "choices": whole, "usage": _usage(question, _length(choices))})
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
     await response.prepare(request)
     try:
@@ -384,13 +389,17 @@ async def _answer(request: web.Request, question: _Question, api: _Api) -> web.S
 
 
 async def _events(frame: _Body, question: _Question, choices: Sequence[_Choice], api: _Api) -> AsyncIterator[bytes]:
-    no_usage = {"usage": None} if question.include_usage else {}
+    usage: _Body = {"usage": None} if question.include_usage else {}
+    sent = 0
     for choice in choices:
         for piece in api.pieces(choice):
-            yield orjson.dumps({**frame, "choices": [piece], **no_usage})
+            sent += bool((piece.get("delta") or {}).get("content") or piece.get("text"))
+            if question.running_usage:
+                usage = {"usage": _usage(question, sent)}
+            yield orjson.dumps({**frame, "choices": [piece], **usage})
             await asyncio.sleep(TOKEN_SECONDS)
     if question.include_usage:
-        yield orjson.dumps({**frame, "choices": [], "usage": _usage(question, choices)})
+        yield orjson.dumps({**frame, "choices": [], "usage": _usage(question, _length(choices))})
     yield b"[DONE]"
 
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 import orjson
 from aiohttp import web
 
-from gateway.domain.decision import Denied, Funds, affordable_nano
+from gateway.domain.decision import Denied, Funds, Repeated, affordable_nano
 from gateway.domain.model import Model
 from gateway.domain.money import format_credits
 from gateway.domain.plan import Plan
@@ -190,6 +190,79 @@ def deadline_passed(*, charged: bool) -> Failure:
         + ("what was sent of it was charged." if charged else "nothing was charged."),
         headers=_NO_RETRY,
     )
+
+
+def store_lost(*, charged: bool) -> Failure:
+    """The store went away while a stream ran, and the stream used up what it held by then."""
+    return Failure(
+        503,
+        "api_error",
+        "quota_store_unavailable",
+        "Credits cannot be checked at the moment, and the answer cannot go on without; "
+        + ("what was sent of it was charged." if charged else "nothing was charged."),
+        headers={"Retry-After": "2"},
+    )
+
+
+def quota_ended(funds: Funds) -> Mapping[str, object]:
+    """What the last chunks of a stream say that was ended because credits had."""
+    resets_at = None if funds.resets_at_ms is None else rfc3339(funds.resets_at_ms)
+    return {
+        "ended_by": "credits",
+        "code": "insufficient_quota",
+        "message": "The answer ends here because all credits are spent or held by other requests. "
+        + (f"The allowance refreshes at {resets_at}." if resets_at else "Add IO Credits to get longer answers."),
+        "resets_at": resets_at,
+    }
+
+
+def invalid_idempotency_key() -> Failure:
+    """The header is there and cannot be one."""
+    return Failure(
+        400,
+        "invalid_request_error",
+        "invalid_idempotency_key",
+        "The Idempotency-Key header must have 1 to 255 visible ASCII characters.",
+        "Idempotency-Key",
+        headers=_NO_RETRY,
+    )
+
+
+def repeated(repeat: Repeated) -> Failure:
+    """A request with an idempotency key that came before: it is never run twice."""
+    first = request_id_of(repeat.reservation_id)
+    match repeat.state:
+        case "in_progress":
+            return Failure(
+                409,
+                "invalid_request_error",
+                "idempotency_in_progress",
+                "A request with this Idempotency-Key is still being answered; try again when it has ended.",
+                headers={"Retry-After": str(_BUSY_RETRY_S)},
+                metadata={"request_id": first},
+            )
+        case "answered":
+            return Failure(
+                409,
+                "invalid_request_error",
+                "idempotency_answered",
+                "This request was answered and charged once; it is not run again.",
+                headers=_NO_RETRY,
+                metadata={"request_id": first, "cost": format_credits(repeat.cost_nano)},
+            )
+        case "other_body":
+            return Failure(
+                422,
+                "invalid_request_error",
+                "idempotency_other_body",
+                "This Idempotency-Key came before with another request; use a new one for each.",
+                headers=_NO_RETRY,
+            )
+
+
+def request_id_of(reservation_id: str) -> str:
+    """What x-request-id said for the request that made a reservation."""
+    return f"req_{reservation_id[-24:]}"
 
 
 def body_too_slow() -> Failure:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import orjson
 from aiohttp import web
 
+from gateway.config.model import GatewayConfig
 from gateway.credits.service import Identity, Reservation
 from gateway.domain.decision import Settlement
 from gateway.domain.money import format_credits
@@ -18,8 +19,13 @@ from gateway.http.errors import funds_headers, rfc3339
 
 @dataclass(slots=True)
 class Exchange:
-    """One request as it goes through, for its answer's headers, its log line and its metrics."""
+    """One request as it goes through, for its answer's headers, its log line and its metrics.
 
+    config: the one that it began with and keeps to its end. slice_tokens: the output of each answer that its stream
+    holds at a time; None where all is held at once.
+    """
+
+    config: GatewayConfig
     number: str = field(default_factory=lambda: secrets.token_hex(12))
     started: float = field(default_factory=time.perf_counter)
     identity: Identity | None = None
@@ -28,6 +34,7 @@ class Exchange:
     ended: bool = False
     settlement: Settlement | None = None
     tokens: Tokens = field(default_factory=lambda: Tokens(0, 0))
+    slice_tokens: int | None = None
     max_tokens: int | None = None
     decision: str = "none"
     reason: str | None = None

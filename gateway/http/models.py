@@ -33,6 +33,12 @@ class ModelsList:
         self._said_at: dict[str, float] = {}
         self._lock = asyncio.Lock()
 
+    def use(self, models: Mapping[str, Model], upstreams: Mapping[str, Upstream]) -> None:
+        """Answer for these from now on."""
+        self._models = models
+        self._upstreams = upstreams
+        self._said_at.clear()
+
     async def all(self) -> bytes:
         """The body of GET /v1/models."""
         await self._refresh()

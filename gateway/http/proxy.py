@@ -1,7 +1,8 @@
 """The metered path: authenticate → quote → reserve → forward → settle.
 
 Whatever happens after the reservation, it ends exactly once: charged with what the upstream says, charged with
-what the client was sent before it hung up, or given back whole because the upstream's answer failed.
+what the client was sent before it hung up or its credits ended, or given back whole because the upstream's answer
+failed.
 """
 
 import asyncio
@@ -16,16 +17,18 @@ from aiohttp import web
 
 from gateway.config.model import GatewayConfig
 from gateway.credits.errors import EngineError, StoreError, UnknownPlan
-from gateway.credits.service import CreditEngine, Identity, Refused, Reservation
-from gateway.domain.decision import Denied
+from gateway.credits.service import LEASE_MS, CreditEngine, Identity, Refused, RepeatKey, Reservation
+from gateway.domain.decision import Denied, Repeated
+from gateway.domain.forecast import OutputForecast
 from gateway.domain.model import Model
 from gateway.domain.price import FEMTO_PER_NANO, Tokens
-from gateway.domain.request import InvalidRequest, Operation, affordable_output, least_output, worst_femto
+from gateway.domain.request import InvalidRequest, Operation, affordable_output
 from gateway.http import errors
 from gateway.http.errors import Failure, funds_headers
 from gateway.http.exchange import Exchange, cost_fields, credit_headers
+from gateway.http.holding import CreditsEnded, StreamHold, holding_of, note_of, payable_nano
 from gateway.http.models import ModelsList
-from gateway.http.quote import METERED, PATHS, Quote, forwarded_body, read_body, read_quote
+from gateway.http.quote import METERED, PATHS, Quote, forwarded_body, read_body, read_quote, repeat_key
 from gateway.http.reports import Reports
 from gateway.telemetry.metrics import STORE_UNAVAILABLE, Metrics
 from gateway.upstream.client import DeadlinePassed, UpstreamAnswer, UpstreamClient, UpstreamError, UpstreamTimeout
@@ -36,8 +39,6 @@ log = logging.getLogger(__name__)
 
 _PREFIXES = ("/v1", "/api/v1")
 
-#: A reservation outlives the longest answer by this much, so that no live request loses its hold.
-LEASE_MARGIN_MS = 180_000
 _MOST_ERROR_BYTES = 2**20
 _MOST_RETRY_S = 60
 _CLIENT_STALL_S = 60.0
@@ -51,13 +52,19 @@ class Proxy:
         self._engine = engine
         self._client = client
         self._metrics = metrics
-        self._reports = Reports(config, metrics)
+        self._reports = Reports(metrics)
         self._models = ModelsList(config.models, config.upstreams, client)
+        self._forecast = OutputForecast()
         self._active: set[asyncio.Task[object]] = set()
+
+    def use(self, config: GatewayConfig) -> None:
+        """Answer new requests by config; those in flight keep the one that they began with."""
+        self._config = config
+        self._models.use(config.models, config.upstreams)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request of the data listener. Never raises but for cancellation."""
-        exchange = Exchange()
+        exchange = Exchange(self._config)
         task = asyncio.current_task()
         assert task is not None
         self._active.add(task)
@@ -138,7 +145,10 @@ class Proxy:
         quote = await self._quote(exchange, request, operation)
         if isinstance(quote, Failure):
             return self._reports.fail(exchange, quote)
-        reservation = await self._reserve(exchange, identity, quote)
+        repeat = _repeat_of(request, quote, identity)
+        if isinstance(repeat, Failure):
+            return self._reports.fail(exchange, repeat)
+        reservation = await self._reserve(exchange, identity, quote, repeat)
         if isinstance(reservation, web.Response):
             return reservation
         try:
@@ -159,13 +169,13 @@ class Proxy:
     # --- quote --------------------------------------------------------------------------------------------------
 
     async def _quote(self, exchange: Exchange, request: web.BaseRequest, operation: Operation) -> Quote | Failure:
-        most_bytes = self._config.limits.body_bytes
+        most_bytes = exchange.config.limits.body_bytes
         raw = await read_body(request, most_bytes)
         if isinstance(raw, Failure):
             return raw
         started = time.perf_counter()
         try:
-            quote = read_quote(self._config, operation, raw)
+            quote = read_quote(exchange.config, operation, raw)
         except InvalidRequest as error:
             return errors.invalid_body(error)
         exchange.ask = quote.ask if isinstance(quote, Quote) else None
@@ -174,28 +184,43 @@ class Proxy:
 
     # --- reserve ------------------------------------------------------------------------------------------------
 
-    async def _reserve(self, exchange: Exchange, identity: Identity, quote: Quote) -> Reservation | web.Response:
+    async def _reserve(
+        self, exchange: Exchange, identity: Identity, quote: Quote, repeat: RepeatKey | None
+    ) -> Reservation | web.Response:
         started = time.perf_counter()
-        bound, model = quote.bound, quote.model
-        upstream = self._config.upstreams[model.upstream]
+        holding = holding_of(quote, exchange.config.upstreams[quote.model.upstream], self._forecast)
         outcome = await self._engine.reserve(
             identity,
             exchange.number,
-            model.name,
-            worst_femto(bound, model, bound.output_tokens_each),
-            worst_femto(bound, model, least_output(bound)),
-            upstream.total_timeout_ms + LEASE_MARGIN_MS,
+            quote.model.name,
+            holding.amount_femto,
+            holding.minimum_femto,
+            LEASE_MS,
+            alone_femto=holding.alone_femto,
+            repeat=repeat,
         )
         self._reports.spent(exchange, "reserve", started)
-        if isinstance(outcome, Refused):
-            return self._reports.fail(exchange, errors.bad_key())
-        if isinstance(outcome, Denied):
-            failure = errors.denied(outcome, self._config.plans[outcome.funds.plan], bound, model)
-            self._reports.decide(exchange, "denied", failure.code, outcome.funds.plan)
-            return self._reports.fail(exchange, failure, funds_headers(outcome.funds))
-        exchange.reservation = outcome
-        self._reports.decide(exchange, "admitted", outcome.reserved.source, outcome.plan.name)
-        return outcome
+        if isinstance(outcome, Reservation):
+            exchange.reservation, exchange.slice_tokens = outcome, holding.slice_tokens
+            self._reports.decide(exchange, "admitted", outcome.reserved.source, outcome.plan.name)
+            return outcome
+        return self._refuse(exchange, quote, outcome)
+
+    def _refuse(self, exchange: Exchange, quote: Quote, outcome: Denied | Refused | Repeated) -> web.Response:
+        match outcome:
+            case Refused():
+                return self._reports.fail(exchange, errors.bad_key())
+            case Repeated():
+                failure = errors.repeated(outcome)
+                self._reports.decide(exchange, "denied", failure.code)
+                return self._reports.fail(exchange, failure)
+            case Denied():
+                # The account may have come to a plan that was configured after the request began.
+                name = outcome.funds.plan
+                plan = exchange.config.plans.get(name) or self._config.plans[name]
+                failure = errors.denied(outcome, plan, quote.bound, quote.model)
+                self._reports.decide(exchange, "denied", failure.code, name)
+                return self._reports.fail(exchange, failure, funds_headers(outcome.funds))
 
     # --- forward ------------------------------------------------------------------------------------------------
 
@@ -203,8 +228,11 @@ class Proxy:
         self, exchange: Exchange, request: web.BaseRequest, quote: Quote, reservation: Reservation
     ) -> web.StreamResponse:
         started = time.perf_counter()
-        upstream = self._config.upstreams[quote.model.upstream]
-        affordable = affordable_output(quote.bound, quote.model, reservation.reserved.payg_nano * FEMTO_PER_NANO)
+        upstream = exchange.config.upstreams[quote.model.upstream]
+        payable = reservation.reserved.payg_nano
+        if exchange.slice_tokens is not None:  # the hold will grow, as far as there are credits
+            payable = max(payable, payable_nano(reservation.reserved.funds, reservation.plan))
+        affordable = affordable_output(quote.bound, quote.model, payable * FEMTO_PER_NANO)
         if affordable < quote.bound.output_tokens_each or affordable < (quote.ask.max_tokens or 0):
             exchange.max_tokens = affordable
         quote = replace(quote, bound=replace(quote.bound, output_tokens_each=affordable))
@@ -237,7 +265,7 @@ class Proxy:
         return failure.response(exchange.id, _retry_header(answer))
 
     async def _whole(self, exchange: Exchange, quote: Quote, answer: UpstreamAnswer) -> web.StreamResponse:
-        body = await answer.body(self._config.limits.response_bytes)
+        body = await answer.body(exchange.config.limits.response_bytes)
         read = read_answer(body, quote.ask.operation)
         if read is None:
             log.warning("%s: the upstream's answer is not a JSON object", exchange.id)
@@ -250,7 +278,8 @@ class Proxy:
     async def _stream(
         self, exchange: Exchange, request: web.BaseRequest, quote: Quote, answer: UpstreamAnswer
     ) -> web.StreamResponse:
-        events = EventStream(quote.ask, quote.bound)
+        upstream = exchange.config.upstreams[quote.model.upstream]
+        events = EventStream(quote.ask, quote.bound, upstream.count_output)
         response = exchange.response = web.StreamResponse(
             headers={
                 **credit_headers(exchange),
@@ -260,13 +289,14 @@ class Proxy:
             }
         )
         try:
-            failure = await self._relay(exchange, request, response, events, answer)
+            failure = await self._relay(exchange, request, quote, events, answer)
             self._reports.watch_overrun(exchange, quote, events.usage)
             if failure is None and events.failed and not events.error_shown:
                 failure = errors.upstream_unavailable()
             if failure is not None:
                 return await self._break_off(exchange, response, failure)
-            if not events.failed:
+            if not events.failed and not exchange.ended:
+                self._forecast.add(quote.model.name, -(-events.counted // quote.bound.answers))
                 await self._settle(exchange, quote.model, events.tokens(complete=True))
             if not response.prepared:
                 await response.prepare(request)
@@ -279,41 +309,73 @@ class Proxy:
         return response
 
     async def _relay(
-        self,
-        exchange: Exchange,
-        request: web.BaseRequest,
-        response: web.StreamResponse,
-        events: EventStream,
-        answer: UpstreamAnswer,
+        self, exchange: Exchange, request: web.BaseRequest, quote: Quote, events: EventStream, answer: UpstreamAnswer
     ) -> Failure | None:
         """Pass events on until the stream's end; why it broke, or None if it came to its end."""
-        model = self._config.models[exchange.model_name]
-        total_s = self._config.upstreams[model.upstream].total_timeout_ms / 1000
+        hold = StreamHold(self._engine, exchange, quote, events)
         try:
-            # The upstream's own limit does not run while the client is slow to read; this one does.
-            async with asyncio.timeout(total_s):
-                async for chunk in answer.chunks():
-                    await self._hand_out(exchange, request, response, events.feed(chunk))
-                    if events.done:
-                        return None
-                await self._hand_out(exchange, request, response, events.end())
+            await self._flow(exchange, request, events, hold, answer)
         except (DeadlinePassed, TimeoutError, Overrun) as error:
             log.warning("%s: the stream was cut: %s", exchange.id, error or "it took longer than total_timeout")
             # No failure of the upstream's, which bills what it made: so is the client billed for what it got.
-            await self._settle(exchange, model, events.tokens(complete=False))
+            await self._settle(exchange, quote.model, events.tokens(complete=False))
             return errors.deadline_passed(charged=events.has_output)
         except (UpstreamError, BrokenStream) as error:
             log.warning("%s: the upstream's stream broke: %s", exchange.id, error)
             return _upstream_failure(error)
+        except CreditsEnded:
+            await self._stop(exchange, quote, events, answer)
+            self._reports.truncated(exchange)
+            assert exchange.reservation is not None
+            events.cut_short(errors.quota_ended(exchange.reservation.reserved.funds))
+            return None
+        except StoreError as error:
+            log.warning("%s: the stream was cut: its hold cannot be extended: %s", exchange.id, error)
+            await self._stop(exchange, quote, events, answer)
+            return errors.store_lost(charged=events.has_output)
+        finally:
+            hold.close()
         if events.done or events.failed:
             return None
         log.warning("%s: the upstream's stream ended without [DONE]", exchange.id)
         return errors.upstream_unavailable()
 
-    async def _hand_out(
-        self, exchange: Exchange, request: web.BaseRequest, response: web.StreamResponse, block: bytes
+    async def _flow(
+        self,
+        exchange: Exchange,
+        request: web.BaseRequest,
+        events: EventStream,
+        hold: StreamHold,
+        answer: UpstreamAnswer,
     ) -> None:
-        if not block:
+        """Hand the client what comes, as far as it is held for. Raises what ends a stream before its end."""
+        # The upstream's own limit does not run while the client is slow to read; this one does.
+        async with asyncio.timeout(_total_s(exchange)):
+            async for chunk in answer.chunks():
+                await self._hand_out(exchange, request, events.feed(chunk, hold.covered))
+                hold.follow()
+                if events.waiting:
+                    await self._await_cover(exchange, request, events, hold)
+                if events.done:
+                    return
+            await self._hand_out(exchange, request, events.end(hold.covered))
+            await self._await_cover(exchange, request, events, hold)
+
+    async def _await_cover(
+        self, exchange: Exchange, request: web.BaseRequest, events: EventStream, hold: StreamHold
+    ) -> None:
+        while events.waiting:
+            await hold.more()
+            await self._hand_out(exchange, request, events.release(hold.covered))
+
+    async def _stop(self, exchange: Exchange, quote: Quote, events: EventStream, answer: UpstreamAnswer) -> None:
+        """Stop the upstream, and charge what the client was handed."""
+        answer.abandon()
+        await self._settle(exchange, quote.model, events.tokens(complete=False))
+
+    async def _hand_out(self, exchange: Exchange, request: web.BaseRequest, block: bytes) -> None:
+        response = exchange.response
+        if not block or response is None:
             return
         if not response.prepared:
             exchange.first_byte = time.perf_counter()
@@ -337,7 +399,7 @@ class Proxy:
         assert exchange.reservation is not None
         exchange.ended = True
         exchange.tokens = tokens
-        note = f"{model.name} in={tokens.input} out={tokens.output} cached={tokens.cache_read}"
+        note = note_of(exchange, model, tokens)
         try:
             exchange.settlement = await self._engine.settle(exchange.reservation, model.prices.femto(tokens), note)
         except StoreError as error:
@@ -376,6 +438,16 @@ async def _write(response: web.StreamResponse, block: bytes, *, last: bool = Fal
                 await response.write_eof()
     except TimeoutError:
         raise ConnectionResetError("the client does not read") from None
+
+
+def _repeat_of(request: web.BaseRequest, quote: Quote, identity: Identity) -> RepeatKey | Failure | None:
+    key = request.headers.get("Idempotency-Key")
+    return None if key is None else repeat_key(quote, identity.account, key)
+
+
+def _total_s(exchange: Exchange) -> float:
+    model = exchange.config.models[exchange.model_name]
+    return exchange.config.upstreams[model.upstream].total_timeout_ms / 1000
 
 
 def _upstream_failure(error: Exception) -> Failure:

@@ -1,6 +1,8 @@
 """From the bytes of a request to what it may cost, and to the bytes that are forwarded."""
 
 import asyncio
+import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,6 +11,7 @@ from aiohttp import web
 from aiohttp.web_exceptions import HTTPException
 
 from gateway.config.model import GatewayConfig, Upstream
+from gateway.credits.service import RepeatKey
 from gateway.domain.model import Model
 from gateway.domain.request import Ask, Bound, InvalidRequest, Operation, bound_of, read_request
 from gateway.http import errors
@@ -25,6 +28,8 @@ LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")
 _MOST_CONTAINERS = 200_000
 _MOST_VALUES = 2_000_000
 _BODY_S = 300.0
+_KEY = re.compile(r"[!-~]{1,255}")
+_HASH_DIGITS = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +98,19 @@ def _model_of(config: GatewayConfig, body: object) -> Model | None:
     return config.models.get(name) if isinstance(name, str) else None
 
 
+def repeat_key(quote: Quote, account: str, key: str) -> RepeatKey | Failure:
+    """What tells the store whether a request came before. key: the client's Idempotency-Key header."""
+    if not _KEY.fullmatch(key):
+        return errors.invalid_idempotency_key()
+    # What the gateway itself sets in a body, by the credits of the moment, is no part of what was asked.
+    asked = orjson.dumps([quote.ask.operation, quote.ask.max_tokens, quote.stream_options])
+    return RepeatKey(key_hash=_hash(f"{account}\n{key}".encode()), body_hash=_hash(asked + quote.body))
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:_HASH_DIGITS]
+
+
 def forwarded_body(quote: Quote, upstream: Upstream) -> bytes:
     """The body for the upstream: what was priced, its output limited to what is held, its usage asked for."""
     first: dict[str, object] = {}
@@ -101,6 +119,8 @@ def forwarded_body(quote: Quote, upstream: Upstream) -> bytes:
     options = quote.stream_options
     if quote.ask.stream and upstream.stream_usage:
         options = {**options, "include_usage": True}
+        if upstream.count_output == "usage" and quote.bound.answers == 1:
+            options["continuous_usage_stats"] = True
     if options:
         first["stream_options"] = options
     return orjson.dumps(first)[:-1] + b"," + quote.body[1:] if first else quote.body

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from aiohttp import web
 
-from gateway.config.model import GatewayConfig
 from gateway.http.errors import Failure
 from gateway.http.exchange import Exchange
 from gateway.http.quote import Quote
@@ -20,8 +19,7 @@ log = logging.getLogger(__name__)
 class Reports:
     """Keeps an Exchange's story and tells it at the end."""
 
-    def __init__(self, config: GatewayConfig, metrics: Metrics) -> None:
-        self._config = config
+    def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
     def fail(self, exchange: Exchange, failure: Failure, headers: Mapping[str, str] | None = None) -> web.Response:
@@ -41,6 +39,12 @@ class Reports:
         exchange.decision, exchange.reason = decision, reason if decision == "denied" else None
         self._metrics.decided("admitted" if decision == "admitted" else "denied", reason, plan)
 
+    def truncated(self, exchange: Exchange) -> None:
+        """Note that a stream was ended because credits had."""
+        assert exchange.reservation is not None
+        exchange.reason = "credits_exhausted"
+        self._metrics.stream_truncated(exchange.reservation.plan.name)
+
     def finished(self, exchange: Exchange) -> None:
         """Write the log line, and the metrics of a request that was charged."""
         now = time.perf_counter()
@@ -51,7 +55,7 @@ class Reports:
             self._metrics.request_finished(
                 ask.operation,
                 ask.model,
-                self._config.models[ask.model].upstream,
+                exchange.config.models[ask.model].upstream,
                 now - exchange.started,
                 exchange.tokens.input,
                 exchange.tokens.output,

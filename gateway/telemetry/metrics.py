@@ -80,6 +80,11 @@ class Metrics:
         self._make_gateway_metrics()
         self._make_model_metrics()
 
+    def use(self, plans: Collection[str], models: Collection[str]) -> None:
+        """Know these names from now on, and those from before: requests in flight and accounts may still have them."""
+        self._plans |= frozenset(plans)
+        self._models |= frozenset(models)
+
     def _make_credit_metrics(self) -> None:
         registry = self._registry
         self._decisions = _Children(
@@ -116,6 +121,21 @@ class Metrics:
         self._written_off = Counter(
             "quota_gateway_written_off_credits",
             "Credits of cost that neither the allowance nor the balance could pay. Unit: credits.",
+            registry=registry,
+        )
+        self._leases_expired = Counter(
+            "quota_gateway_leases_expired",
+            "Reservations whose gateway did not end them in time, and which this one ended. Unit: reservations.",
+            registry=registry,
+        )
+        self._journal_pending = Gauge(
+            "quota_gateway_journal_pending",
+            "Settlements and voids in the journal that the store has not taken yet. Unit: entries.",
+            registry=registry,
+        )
+        self._journal_failures = Counter(
+            "quota_gateway_journal_failures",
+            "Settlements and voids that could not be written to the journal: they are in memory alone. Unit: entries.",
             registry=registry,
         )
         self._reservations_open = Gauge(
@@ -162,13 +182,36 @@ class Metrics:
                 registry=registry,
             )
         )
+        self._truncated = _Children(
+            Counter(
+                "quota_gateway_streams_truncated",
+                "Streams that were ended because the account's credits had. Unit: streams.",
+                ("plan",),
+                registry=registry,
+            )
+        )
+        self._ledger_archived = Counter(
+            "quota_gateway_ledger_archived",
+            "Ledger entries that this gateway moved from the store into the archive. Unit: entries.",
+            registry=registry,
+        )
+        self._ledger_archive_failures = Counter(
+            "quota_gateway_ledger_archive_failures",
+            "Attempts to archive the ledger that failed; meanwhile it stays in the store, which grows. Unit: attempts.",
+            registry=registry,
+        )
         self._config_reloaded = Gauge(
             "quota_gateway_config_last_reload_successful",
             "1 when the configuration was last read without mistakes, 0 when the one before it stayed in force.",
             registry=registry,
         )
+        self._config_read = Gauge(
+            "quota_gateway_config_last_reload_seconds",
+            "When the configuration in force was read. Unit: seconds since 1970.",
+            registry=registry,
+        )
         # Metrics exist only after a configuration was read: a gateway that never reloads is not a failed one.
-        self._config_reloaded.set(1)
+        self.config_reloaded(True)
 
     def _make_model_metrics(self) -> None:
         registry = self._registry
@@ -233,6 +276,18 @@ class Metrics:
         """Count cost that no source could pay, in nano-credits ≥ 0."""
         self._written_off.inc(nano / NANO_PER_CREDIT)
 
+    def lease_expired(self) -> None:
+        """Count a reservation that this gateway's reaper ended."""
+        self._leases_expired.inc()
+
+    def journal_failed(self) -> None:
+        """Count a settlement or void that the journal did not take."""
+        self._journal_failures.inc()
+
+    def watch_journal_pending(self, count: Callable[[], float]) -> None:
+        """Say where the number of the journal's open entries is to be read."""
+        self._journal_pending.set_function(count)
+
     def overhead(self, phase: Phase, seconds: float) -> None:
         """Record the gateway's own time in one phase of a request; forward: without the wait for the upstream."""
         self._overhead[(phase,)].observe(seconds)
@@ -253,13 +308,27 @@ class Metrics:
         """Count an answer for which upstream reports more usage than it was allowed."""
         self._overruns[(upstream,)].inc()
 
+    def stream_truncated(self, plan: str) -> None:
+        """Count a stream that was ended because the account's credits had."""
+        self._truncated[(self._plan(plan),)].inc()
+
     def watch_reservations_open(self, count: Callable[[], float]) -> None:
         """Take the number of open reservations from count at every scrape. count must be quick and not raise."""
         self._reservations_open.set_function(count)
 
+    def ledger_archived(self, entries: int) -> None:
+        """Count ledger entries that are in the archive now and were not before."""
+        self._ledger_archived.inc(entries)
+
+    def ledger_archive_failed(self) -> None:
+        """Count an attempt to archive the ledger that failed."""
+        self._ledger_archive_failures.inc()
+
     def config_reloaded(self, ok: bool) -> None:
-        """Say whether the configuration was last read without mistakes."""
+        """Say whether the configuration was just read without mistakes and taken over."""
         self._config_reloaded.set(1 if ok else 0)
+        if ok:
+            self._config_read.set_to_current_time()
 
     def request_finished(
         self,

@@ -48,6 +48,10 @@ class UpstreamAnswer:
         self.content_type = response.content_type
         self.headers = response.headers
 
+    def abandon(self) -> None:
+        """Close the connection, which tells the upstream to stop; nothing more can be read."""
+        self._response.close()
+
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it arrives. Raises UpstreamError."""
         content = self._response.content

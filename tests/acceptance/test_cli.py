@@ -22,6 +22,7 @@ import yaml
 from gateway import cli
 from gateway.config.load import load, shipped_dir
 from gateway.credits.embedded import running_url
+from gateway.credits.journal import Journal
 from gateway.credits.operator import Operator
 from gateway.credits.service import CreditEngine, Reservation
 from gateway.credits.store import Store
@@ -122,11 +123,15 @@ def test_the_credits_of_an_account(either: Command) -> None:
     assert either.json(*grant) == {**granted, "repeated": True}
     assert "used before for something else" in either.refusal(*grant[:3], "13", "--operation-id", "invoice:7")
     assert either.refusal("credits", "refund", "alice", "0.000000001").startswith("at most 0 credits were charged")
+    assert either.json("credits", "grant", "alice", "3")["balance"] == "15.5"
+    assert either.json("credits", "deduct", "alice", "3", "--reason", "a slip")["balance"] == "12.5"
+    assert either.refusal("credits", "deduct", "alice", "12.6").startswith("at most 12.5 credits are neither spent")
+    assert either.refusal("credits", "refund", "alice", "--request", f"req_{'0' * 24}").startswith("there is no")
 
     shown = either.json("credits", "show", "alice")
     resets_at = datetime.strptime(shown["allowance"]["resets_at"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
     assert timedelta() < resets_at - datetime.now(UTC) + timedelta(minutes=1) <= timedelta(days=1, minutes=1)
-    expected = {
+    expected: dict[str, Any] = {
         "account": "alice",
         "plan": "standard",
         "allowance": {
@@ -140,6 +145,8 @@ def test_the_credits_of_an_account(either: Command) -> None:
         "balance": "12.5",
         "balance_held": "0",
     }
+    window = {"refresh": "24h", "granted": "0.1", "used": "0", "held": "0", "remaining": "0.1"}
+    expected["windows"] = [{**window, "resets_at": shown["allowance"]["resets_at"]}]
     assert shown == expected
     assert either.json("accounts", "show", "alice") == {**expected, "keys": 0}
     assert expected in either.json("accounts", "list")["data"]
@@ -153,15 +160,19 @@ def test_the_credits_of_an_account(either: Command) -> None:
 def test_the_keys_of_an_account(either: Command) -> None:
     either.text("accounts", "create", "alice")
     made = either.json("keys", "create", "alice", "--name", "laptop")
-    assert made == {"id": made["id"], "account": "alice", "name": "laptop", "secret": made["secret"]}
+    identity = {"account": "alice", "source": "api"}
+    assert made == {**identity, "id": made["id"], "name": "laptop", "secret": made["secret"]}
     assert re.fullmatch(r"key_[0-9a-f]{24}", made["id"]) and re.fullmatch(r"sk-qg-\S{43}", made["secret"])
 
     imported = either.json("keys", "create", "alice", "--secret-file", "-", stdin=f"{SECRET}\n")
-    assert imported == {"id": imported["id"], "account": "alice", "name": "", "secret": None}
+    assert imported == {**identity, "id": imported["id"], "name": "", "secret": None}
     assert "with this secret already" in either.refusal("keys", "create", "alice", "--secret-file", "-", stdin=SECRET)
 
     listed = either.json("keys", "list", "alice")["data"]
     assert [(key["id"], key["name"]) for key in listed] == [(made["id"], "laptop"), (imported["id"], "")]
+    assert either.json("keys", "create", "alice", "--source", "chat")["source"] == "chat"
+    assert [key["source"] for key in either.json("keys", "list", "alice")["data"]] == ["api", "api", "chat"]
+    either.text("keys", "revoke", either.json("keys", "list", "alice")["data"][2]["id"])
     assert all(re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", key["created_at"]) for key in listed)
     assert either.json("accounts", "show", "alice")["keys"] == 2
 
@@ -361,7 +372,7 @@ def chat(gateway: Gateway) -> None:
         assert answer.status == 200
 
 
-async def test_an_open_reservation_is_listed_and_voided(command: Command, gateway: Gateway) -> None:
+async def test_an_open_reservation_is_listed_and_voided(command: Command, gateway: Gateway, tmp_path: Path) -> None:
     config = load(SHIPPED, {})
     metrics = Metrics(config.plans, config.models)
     url = running_url(command.data_dir)
@@ -369,7 +380,7 @@ async def test_an_open_reservation_is_listed_and_voided(command: Command, gatewa
     store = Store(url, 60_000, metrics)
     await store.start()
     try:
-        engine = CreditEngine(store, config.plans, config.default_plan, metrics)
+        engine = CreditEngine(store, config.plans, config.default_plan, metrics, Journal(tmp_path / "unused"))
         identity = await engine.authenticate(gateway.key)
         assert identity is not None
         held_femto = 25 * 10**12

@@ -224,9 +224,12 @@ async def driven_gateway(act: Callable[[Metrics], None]) -> AsyncIterator[str]:
             act(metrics)
             await asyncio.sleep(0.1)
 
+    async def no_reload() -> list[str]:
+        raise AssertionError("nobody asks for one here")
+
     metrics = make_metrics()
     moving = asyncio.create_task(keep_moving())
-    server = TestServer(admin_app(Health({}), metrics, None))
+    server = TestServer(admin_app(Health({}), metrics, lambda: None, no_reload))
     await server.start_server()
     try:
         yield f"127.0.0.1:{server.port}"

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 from pytest_aiohttp.plugin import AiohttpClient
 
+from gateway.config.changes import Changes
 from gateway.config.model import Secret
+from gateway.config.problem import ConfigError, Problem
 from gateway.http.admin import Health, admin_app
 from gateway.telemetry.metrics import Metrics
 
@@ -34,14 +36,27 @@ async def gives_up_itself() -> None:
 
 
 class Admin:
-    """Builds the application with the checks of one test."""
+    """Builds the application with the checks of one test. token: changes while it runs. found: what a reload finds."""
 
     def __init__(self, aiohttp_client: AiohttpClient) -> None:
         self._client = aiohttp_client
+        self.token: str | None = None
+        self.found: Changes | ConfigError = Changes((), (), ())
+        self.reloads = 0
 
     async def __call__(self, token: str | None = None, **components: Any) -> Any:
+        self.token = token
         metrics = Metrics(["standard"], ["llama"])
-        return await self._client(admin_app(Health(components), metrics, Secret(token) if token else None))
+        return await self._client(admin_app(Health(components), metrics, self._token, self._reload))
+
+    def _token(self) -> Secret | None:
+        return Secret(self.token) if self.token else None
+
+    async def _reload(self) -> Changes:
+        self.reloads += 1
+        if isinstance(self.found, ConfigError):
+            raise self.found
+        return self.found
 
 
 @pytest.fixture
@@ -147,3 +162,42 @@ async def test_a_wrong_method_is_told_in_json(admin: Admin) -> None:
         "param": None,
         "code": "method_not_allowed",
     }
+
+
+async def test_a_reload_says_what_it_changed(admin: Admin) -> None:
+    admin.found = Changes(("plans.pro added", "limits changed"), ("listen",), ("old",))
+    answer = await (await admin()).post("/admin/v1/reload")
+    assert answer.status == 200
+    assert await answer.json() == {
+        "status": "reloaded",
+        "changed": ["plans.pro added", "limits changed"],
+        "needs_restart": ["listen"],
+        "removed_plans": ["old"],
+    }
+
+
+async def test_a_reload_of_a_bad_configuration_names_every_mistake(admin: Admin) -> None:
+    admin.found = ConfigError([Problem("b.yaml", 2, 1, "plans is empty"), Problem("a.yaml", 1, 9, "listen is empty")])
+    answer = await (await admin()).post("/admin/v1/reload")
+    assert answer.status == 422
+    error = (await answer.json())["error"]
+    assert error["code"] == "invalid_configuration"
+    assert error["message"] == "The configuration has 2 mistakes; the one before stays in force."
+    assert error["metadata"] == {"problems": ["a.yaml:1:9: listen is empty", "b.yaml:2:1: plans is empty"]}
+
+
+async def test_only_the_token_of_now_may_reload(admin: Admin) -> None:
+    client = await admin(TOKEN)
+    assert (await client.post("/admin/v1/reload")).status == 401
+    assert admin.reloads == 0
+    bearer = {"Authorization": f"Bearer {TOKEN}"}
+    assert (await client.post("/admin/v1/reload", headers=bearer)).status == 200
+    admin.token = "another-token"
+    assert (await client.post("/admin/v1/reload", headers=bearer)).status == 401
+    assert admin.reloads == 1
+
+
+async def test_a_reload_is_asked_for_with_post(admin: Admin) -> None:
+    answer = await (await admin()).get("/admin/v1/reload")
+    assert answer.status == 405
+    assert admin.reloads == 0

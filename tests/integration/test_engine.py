@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import count
 
@@ -19,6 +20,7 @@ from gateway.credits.errors import (
     UnknownPlan,
     UnknownReservation,
 )
+from gateway.credits.journal import Journal
 from gateway.credits.keyspace import account_key, shard_keys, shard_of
 from gateway.credits.operator import Operator
 from gateway.credits.reaper import reap
@@ -107,8 +109,8 @@ async def own_store(own_server: ValkeyServer, metrics: Metrics) -> AsyncIterator
 
 
 @pytest.fixture
-async def own_engine(own_store: Store, metrics: Metrics) -> AsyncIterator[CreditEngine]:
-    engine = CreditEngine(own_store, PLANS, "standard", metrics)
+async def own_engine(own_store: Store, metrics: Metrics, journal: Journal) -> AsyncIterator[CreditEngine]:
+    engine = CreditEngine(own_store, PLANS, "standard", metrics, journal)
     yield engine
     assert await engine.close(30) == 0
 
@@ -205,10 +207,11 @@ async def test_between_minimum_and_amount_whatever_is_free_is_held(
 
 
 async def test_an_account_without_prepaid_credits_in_its_plan_spends_none(
-    store: Store, operator: Operator, metrics: Metrics
+    store: Store, engine: CreditEngine
 ) -> None:
-    closed = {"closed": PLANS["standard"].__class__("closed", PLANS["standard"].allowance, payg=False)}
-    operator, engine = Operator(store, closed, "closed"), CreditEngine(store, closed, "closed", metrics)
+    closed = {"closed": replace(PLANS["standard"], name="closed", payg=False)}
+    operator = Operator(store, closed, "closed")
+    engine.use(closed, "closed")
     identity = await new_identity(operator, engine, ACCOUNT, "closed")
     await operator.credit(ACCOUNT, CREDIT, "grant")
     held = await hold(engine, identity, 100_000_000)
@@ -276,11 +279,12 @@ async def test_an_unknown_account_is_refused_and_not_made(engine: CreditEngine, 
 
 
 async def test_an_account_on_a_plan_that_was_taken_out_of_the_configuration(
-    store: Store, acme: Identity, metrics: Metrics
+    engine: CreditEngine, acme: Identity
 ) -> None:
     poorer = {name: plan for name, plan in PLANS.items() if name != "standard"}
     with pytest.raises(UnknownPlan, match="'standard' is not in the configuration"):
-        await reserve(CreditEngine(store, poorer, "payg", metrics), acme, 1)
+        engine.use(poorer, "payg")
+        await reserve(engine, acme, 1)
 
 
 # --- windows --------------------------------------------------------------------------------------------------------
@@ -296,7 +300,8 @@ async def test_a_reservation_that_settles_in_the_next_window_does_not_touch_it(
     assert settlement.from_allowance_nano == 30_000_000
     funds = await operator.funds(ACCOUNT)
     assert (funds.granted_nano, funds.used_nano, funds.held_nano) == (100_000_000, 0, 0)
-    lapsed = [int(entry["lapsed"]) for entry in await ledger(store) if "lapsed" in entry]
+    postings = [entry["postings"].split() for entry in await ledger(store)]
+    lapsed = [int(words[words.index(book) + 1]) for words in postings if (book := f"lapsed:{DAY_MS}") in words]
     assert lapsed == [20_000_000, 50_000_000]  # at the refresh, and what the reservation left over
 
 
@@ -328,7 +333,7 @@ async def test_a_months_windows_sum_to_the_monthly_figure(
         funds = await operator.funds(ACCOUNT)
         assert announced in {None, funds.granted_nano}
         assert funds.resets_at_ms == at_ms + refresh_ms
-        total, announced = total + funds.granted_nano, funds.next_granted_nano
+        total, announced = total + funds.granted_nano, funds.windows[0].next_granted_nano
     assert total == monthly
 
 
@@ -365,8 +370,10 @@ async def test_changing_plans_back_and_forth_resets_nothing(
 ) -> None:
     held = await hold(engine, acme, 70_000_000)
     await engine.settle(held, 70_000_000 * FEMTO_PER_NANO, "")
-    for plan in ("developer", "payg", "professional", "developer", "standard"):
+    for plan in ("developer", "professional", "developer", "standard"):
         assert (await operator.set_plan(ACCOUNT, plan)).used_nano == 70_000_000
+    assert (await operator.set_plan(ACCOUNT, "payg")).windows == ()
+    await operator.set_plan(ACCOUNT, "standard")
     assert (await operator.funds(ACCOUNT)).allowance_remaining_nano == 30_000_000
 
 
@@ -387,8 +394,9 @@ async def test_what_a_request_in_flight_holds_stays_held_when_the_plan_is_lowere
 ) -> None:
     identity = await new_identity(operator, engine, ACCOUNT, "professional")
     held = await hold(engine, identity, 400_000_000)
-    funds = await operator.set_plan(ACCOUNT, "payg")
-    assert (funds.granted_nano, funds.held_nano) == (0, 400_000_000)
+    funds = await operator.set_plan(ACCOUNT, "standard")
+    assert (funds.granted_nano, funds.held_nano) == (100_000_000, 400_000_000)
+    await operator.set_plan(ACCOUNT, "payg")
     settlement = await engine.settle(held, 400_000_000 * FEMTO_PER_NANO, "")
     assert (settlement.from_allowance_nano, settlement.written_off_nano) == (400_000_000, 0)
 
@@ -414,8 +422,8 @@ async def test_a_grant_happens_once(operator: Operator, store: Store, acme: Iden
     with pytest.raises(OperationConflict, match="'invoice-1' was used before"):
         await operator.credit(ACCOUNT, 6 * CREDIT, "grant", "invoice-1")
     grants = [entry for entry in await ledger(store) if entry["kind"] == "grant"]
-    assert [(entry["id"], entry["balance"], entry["note"]) for entry in grants] == [
-        ("invoice-1", str(5 * CREDIT), "paid")
+    assert [(entry["id"], entry["postings"], entry["note"]) for entry in grants] == [
+        ("invoice-1", f"bought {-5 * CREDIT} balance {5 * CREDIT}", '{"reason": "paid"}')
     ]
 
 
@@ -733,11 +741,16 @@ async def test_scripts_that_the_store_forgot_are_sent_again(
 
 
 async def test_two_gateways_share_one_account(
-    valkey: TimedServer, engine: CreditEngine, operator: Operator, acme: Identity, metrics: Metrics
+    valkey: TimedServer,
+    engine: CreditEngine,
+    operator: Operator,
+    acme: Identity,
+    metrics: Metrics,
+    journal: Journal,
 ) -> None:
     store = Store(valkey.url, 5000, metrics)
     await store.start()
-    second = CreditEngine(store, PLANS, "standard", metrics)
+    second = CreditEngine(store, PLANS, "standard", metrics, journal)
     outcomes = await asyncio.gather(
         *(reserve(gateway, acme, 10_000_000) for _ in range(50) for gateway in (engine, second))
     )

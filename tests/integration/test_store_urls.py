@@ -1,6 +1,7 @@
 """Stores of one's own: over TCP, over TLS, with a password; and those that would lose credits are refused."""
 
 import asyncio
+import contextlib
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -9,12 +10,21 @@ from pathlib import Path
 import pytest
 import trustme
 
+from gateway.config.document import Text
+from gateway.config.fields import store_url
+from gateway.credits.addresses import read_url
 from gateway.credits.errors import StoreError, StoreRefused, StoreUnavailable, StoreUnsuitable
 from gateway.credits.operator import Operator
 from gateway.credits.store import Store
 from gateway.telemetry.metrics import Metrics
 from tests.conftest import PLANS
+from tests.exactly_once import ADD, add
 from tests.servers import free_port, valkey_server
+
+
+def checked(url: str) -> str:
+    """What the configuration makes of a URL."""
+    return store_url(Text(url, url))
 
 
 async def balance_after_grant(url: str, metrics: Metrics) -> int:
@@ -27,6 +37,14 @@ async def balance_after_grant(url: str, metrics: Metrics) -> int:
         return (await operator.funds("acme")).balance_nano
     finally:
         await store.close()
+
+
+async def repeated_until_answered(store: Store) -> tuple[bool, int]:
+    async with asyncio.timeout(20):
+        while True:
+            with contextlib.suppress(StoreUnavailable):
+                return await add(store, "acme", "first", 1)
+            await asyncio.sleep(0.01)
 
 
 @asynccontextmanager
@@ -84,6 +102,94 @@ async def test_an_evicting_store_is_refused_unless_told_otherwise(metrics: Metri
         await store.close()
 
 
+async def test_a_store_without_persistence_is_refused_unless_told_otherwise(metrics: Metrics) -> None:
+    with valkey_server("--appendonly", "no") as server:
+        store = Store(server.url, 5000, metrics)
+        with pytest.raises(StoreUnsuitable, match="set appendonly yes"):
+            await store.start()
+        await store.close()
+        store = Store(server.url, 5000, metrics, allow_unsafe=True)
+        await store.start()
+        await store.close()
+
+
+async def test_a_replica_is_refused(metrics: Metrics) -> None:
+    with valkey_server() as server:
+        server.command("REPLICAOF", "127.0.0.1", free_port())
+        store = Store(server.url, 5000, metrics)
+        with pytest.raises(StoreUnavailable, match="is a replica"):
+            await store.start()
+        await store.close()
+
+
+async def test_a_server_that_becomes_a_replica_is_given_up_until_it_is_a_primary(metrics: Metrics) -> None:
+    """Its connections stay open; only its refusal to write tells."""
+    with valkey_server() as server:
+        store = Store(server.url, 500, metrics, scripts=[ADD])
+        await store.start()
+        server.command("REPLICAOF", "127.0.0.1", free_port())
+        with pytest.raises(StoreUnavailable):
+            await add(store, "acme", "first", 1)
+        assert not await store.wait_connected(0)
+        server.command("REPLICAOF", "NO", "ONE")
+        assert await store.wait_connected(20)
+        assert await add(store, "acme", "second", 1) == (True, 1)
+        await store.close()
+
+
+async def test_a_server_that_was_started_again_is_reported(metrics: Metrics) -> None:
+    with valkey_server() as server:
+        store = Store(server.url, 5000, metrics, scripts=[ADD])
+        await store.start()
+        failovers: list[None] = []
+        store.on_failover = lambda: failovers.append(None)
+        assert await add(store, "acme", "first", 1) == (True, 1)
+        server.kill()
+        server.start()
+        assert await repeated_until_answered(store) == (False, 1)
+        assert len(failovers) == 1
+        await store.close()
+
+
 async def test_an_option_without_effect_is_refused(metrics: Metrics) -> None:
     with pytest.raises(StoreError, match="max_connections"):
         await balance_after_grant("redis://127.0.0.1:1?max_connections=5", metrics)
+
+
+@pytest.mark.parametrize(
+    ("url", "addresses", "primary_name", "database"),
+    [
+        ("redis+cluster://a,b:7001", [("a", 6379), ("b", 7001)], "", 0),
+        ("rediss+cluster://u:p%40ss@[::1]:7000/?ssl_ca_certs=/ca.pem", [("::1", 7000)], "", 0),
+        ("redis+cluster://a:7000/0", [("a", 7000)], "", 0),
+        ("redis+sentinel://a,b:1/my%20primary", [("a", 26379), ("b", 1)], "my primary", 0),
+        ("rediss+sentinel://:s%2Cc@a:1,b:2,c:3/credits/4", [("a", 1), ("b", 2), ("c", 3)], "credits", 4),
+    ],
+)
+def test_urls_of_many_servers(url: str, addresses: list[tuple[str, int]], primary_name: str, database: int) -> None:
+    assert checked(url) == url
+    where = read_url(url)
+    assert list(where.addresses) == addresses
+    assert (where.primary_name, where.endpoint.database) == (primary_name, database)
+    assert where.endpoint.tls == url.startswith("rediss")
+    assert "p@ss" not in repr(where)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis+cluster://",
+        "redis+cluster://a,,b",
+        "redis+cluster://a:x",
+        "redis+cluster://a/1",
+        "redis+sentinel://a",
+        "redis+sentinel://a/",
+        "redis+sentinel:///credits",
+        "mysql+cluster://a",
+    ],
+)
+def test_urls_that_the_configuration_refuses_are_refused_here_too(url: str) -> None:
+    with pytest.raises(ValueError, match="must"):
+        checked(url)
+    with pytest.raises(StoreUnsuitable, match=r"store\.url"):
+        read_url(url)

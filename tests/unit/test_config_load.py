@@ -1,13 +1,23 @@
 """What a good configuration becomes: values, defaults, the environment, demo mode, secrets."""
 
 import dataclasses
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from gateway.config.fields import MOST_PRICE, MOST_TOKENS
 from gateway.config.load import ConfigError, load, shipped_dir
-from gateway.config.model import Address, AdminConfig, GatewayConfig, Limits, Secret, StoreConfig, Upstream
+from gateway.config.model import (
+    Address,
+    AdminConfig,
+    ArchiveConfig,
+    GatewayConfig,
+    Limits,
+    Secret,
+    StoreConfig,
+    Upstream,
+)
 from gateway.domain.model import Model
 from gateway.domain.money import MAX_NANO
 from gateway.domain.plan import Allowance, Plan
@@ -50,10 +60,15 @@ def test_the_smallest_configuration_has_the_defaults_of_the_model(tmp_path: Path
         admin=AdminConfig(Address("127.0.0.1", 9090), None),
         store=StoreConfig("embedded", Path("data")),
         upstreams={"local": Upstream("local", "http://127.0.0.1:8000/v1", None)},
-        plans={"standard": Plan("standard", Allowance("per_window", 100_000_000, 86_400_000))},
+        plans={"standard": Plan("standard", (Allowance("per_window", 100_000_000, 86_400_000),))},
         default_plan="standard",
-        models={"tiny": Model("tiny", "local", TokenPrices(1_000_000_000, 2_000_000_000), 4096, 512)},
+        models={
+            "tiny": Model(
+                "tiny", "local", TokenPrices(1_000_000_000, 2_000_000_000), 4096, 512, price_version="a9b0337f"
+            )
+        },
         limits=Limits(),
+        archive=ArchiveConfig("sqlite"),
     )
 
 
@@ -72,10 +87,14 @@ upstreams:
     idle_timeout: 2m
     total_timeout: 1h
     stream_usage: false
+    limit_field: max_completion_tokens
+    allow_fields: [n_probs]
+    count_output: bytes
 limits: {body: 1KiB, response: 4096}
+archive: {url: "postgresql://user:hunter2@db:5432/ledger?sslmode=require"}
 plans:
   prepaid: {default: true}
-  fast: {allowance: {monthly: 150, refresh: 8h}, rate: 0.9, payg: false}
+  fast: {allowance: {monthly: 150, refresh: 8h}, rate: 0.9, payg: false, on_lost: charge_hold}
 models:
   price_unit: usd_per_token
   models:
@@ -88,6 +107,7 @@ models:
       context_window: 10
       max_output_tokens: 10
       template_tokens: 0
+      hidden_reasoning: true
 """,
     )
     assert config == GatewayConfig(
@@ -95,18 +115,97 @@ models:
         admin=AdminConfig(Address("admin.internal", 9999), Secret("hunter2")),
         store=StoreConfig("rediss://user:hunter2@db:6380/1", Path("/srv/data"), 500, True),
         upstreams={
-            "far": Upstream("far", "https://far.example/v1", Secret("hunter2"), 1000, 120_000, 3_600_000, False)
+            "far": Upstream(
+                "far",
+                "https://far.example/v1",
+                Secret("hunter2"),
+                1000,
+                120_000,
+                3_600_000,
+                False,
+                "max_completion_tokens",
+                frozenset({"n_probs"}),
+                "bytes",
+            )
         },
         plans={
-            "prepaid": Plan("prepaid", None),
-            "fast": Plan("fast", Allowance("monthly", 150_000_000_000, 28_800_000), 900_000, False),
+            "prepaid": Plan("prepaid"),
+            "fast": Plan("fast", (Allowance("monthly", 150_000_000_000, 28_800_000),), 900_000, False, "charge_hold"),
         },
         default_plan="prepaid",
-        models={"m/x": Model("m/x", "far", TokenPrices(30_500_000, 0, 10_000_000, 20_000_000), 10, 10, 0)},
+        models={
+            "m/x": Model("m/x", "far", TokenPrices(30_500_000, 0, 10_000_000, 20_000_000), 10, 10, 0, True, "96035883")
+        },
         limits=Limits(1024, 4096),
+        archive=ArchiveConfig("postgresql://user:hunter2@db:5432/ledger?sslmode=require"),
     )
     assert str(config.listen) == "[::1]:0"
     assert config.store.shown_url == "rediss://db:6380/1"
+    assert config.archive.shown_url == "postgresql://db:5432/ledger"
+
+
+@pytest.mark.parametrize("written", ["{per_window: 2, refresh: 24h}", "[{per_window: 2, refresh: 24h}]"])
+def test_one_window_may_be_written_as_a_list(tmp_path: Path, written: str) -> None:
+    config = loaded(tmp_path, UPSTREAMS + f"plans:\n  a: {{default: true, allowance: {written}}}\n" + INLINE_MODELS)
+    assert config.plans["a"].allowances == (Allowance("per_window", 2_000_000_000, 86_400_000),)
+
+
+def test_a_plan_has_up_to_four_windows_in_the_order_of_the_file(tmp_path: Path) -> None:
+    """A longer window may grant less than a shorter one: that is how a plan is closed for a while."""
+    windows = (
+        "[{monthly: 150, refresh: 24h}, {per_window: 2, refresh: 1h}, {per_window: 9, refresh: 30m}, "
+        "{per_window: 0.5, refresh: 12h}]"
+    )
+    config = loaded(tmp_path, UPSTREAMS + f"plans:\n  a: {{default: true, allowance: {windows}}}\n" + INLINE_MODELS)
+    assert [(one.kind, one.amount_nano, one.refresh_ms) for one in config.plans["a"].allowances] == [
+        ("monthly", 150_000_000_000, 86_400_000),
+        ("per_window", 2_000_000_000, 3_600_000),
+        ("per_window", 9_000_000_000, 1_800_000),
+        ("per_window", 500_000_000, 43_200_000),
+    ]
+
+
+def test_a_price_version_stands_for_what_is_charged(tmp_path: Path) -> None:
+    def version(**prices: str) -> str:
+        lines = "".join(f", {name}_token_price: {price}" for name, price in prices.items())
+        models = INLINE_MODELS.replace(", output_token_price: 2", f", output_token_price: 2{lines}")
+        return loaded(tmp_path, UPSTREAMS + PLANS + models).models["tiny"].price_version
+
+    assert version() == version(cache_read="1.000") == version(cache_read="1", cache_write="1")
+    assert len({version(), version(cache_read="0.5"), version(cache_write="0.5")}) == 3
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("sqlite", "sqlite"),
+        ("sqlite:///var/lib/ledger.sqlite3", "sqlite:///var/lib/ledger.sqlite3"),
+        ("postgresql://u:${SECRET}@db/ledger", "postgresql://db/ledger"),
+        ("postgresql:///ledger?host=/run/postgresql&password=${SECRET}", "postgresql:///ledger"),
+    ],
+)
+def test_the_archive_s_url_is_shown_without_its_secrets(tmp_path: Path, url: str, shown: str) -> None:
+    text = f"archive: {{url: '{url}'}}\n" + UPSTREAMS + PLANS + INLINE_MODELS
+    config = loaded(tmp_path, text, {"SECRET": "hunter2"})
+    assert config.archive.url == url.replace("${SECRET}", "hunter2")
+    assert config.archive.shown_url == shown
+    assert "hunter2" not in repr(config) + str(config.archive)
+
+
+def test_the_files_that_were_read_are_named_with_their_digests(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text(PLANS, encoding="utf-8")
+    (tmp_path / "m.yaml").write_text(MODELS, encoding="utf-8")
+    config = loaded(tmp_path, UPSTREAMS + "plans: p.yaml\nmodels: m.yaml\n")
+    assert list(config.files) == [tmp_path / name for name in ("gateway.yaml", "p.yaml", "m.yaml")]
+    assert all(digest == sha256(file.read_bytes()).hexdigest() for file, digest in config.files.items())
+
+
+def test_a_bad_configuration_names_its_files_too(tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_text(MODELS + "oops", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        loaded(tmp_path, UPSTREAMS + "plans: p.yaml\nmodels: m.yaml\n")
+    assert list(caught.value.files) == [tmp_path / name for name in ("gateway.yaml", "p.yaml", "m.yaml")]
+    assert [bool(digest) for digest in caught.value.files.values()] == [True, False, True]
 
 
 def test_plans_and_models_may_be_files_beside_the_main_one(tmp_path: Path) -> None:
@@ -123,9 +222,9 @@ def test_the_shipped_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.admin.token is None or config.admin.token
     assert config.default_plan == "standard"
     assert config.plans == {
-        "standard": Plan("standard", Allowance("per_window", 100_000_000, 86_400_000)),
-        "professional": Plan("professional", Allowance("monthly", 15_000_000_000, 86_400_000)),
-        "developer": Plan("developer", Allowance("monthly", 150_000_000_000, 28_800_000), 900_000),
+        "standard": Plan("standard", (Allowance("per_window", 100_000_000, 86_400_000),)),
+        "professional": Plan("professional", (Allowance("monthly", 15_000_000_000, 86_400_000),)),
+        "developer": Plan("developer", (Allowance("monthly", 150_000_000_000, 28_800_000),), 900_000),
     }
     llama = config.models["meta-llama/Llama-3.3-70B-Instruct"]
     assert llama.prices == TokenPrices(638_000_000, 768_000_000, 319_000_000)
@@ -317,4 +416,4 @@ def test_an_alias_may_be_used(tmp_path: Path) -> None:
         "  b: {allowance: *daily, rate: 0.5}\n"
     )
     config = loaded(tmp_path, UPSTREAMS + plans + INLINE_MODELS)
-    assert config.plans["a"].allowance == config.plans["b"].allowance
+    assert config.plans["a"].allowances == config.plans["b"].allowances != ()

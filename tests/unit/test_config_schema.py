@@ -55,6 +55,13 @@ def test_prices_may_be_written_in_every_way_the_loader_reads(price: object) -> N
     Draft202012Validator(definition("ModelsFile")).validate(document)
 
 
+def test_an_allowance_may_be_one_window_or_several() -> None:
+    hourly, daily = {"per_window": 1, "refresh": "1h"}, {"monthly": 15, "refresh": "24h"}
+    schema = Draft202012Validator(definition("PlansFile"))
+    for allowance in (daily, [daily], [hourly, daily]):
+        schema.validate({"plans": {"a": {"default": True, "allowance": allowance}}})
+
+
 def test_a_value_may_be_absent_but_not_null() -> None:
     document = {"plans": {"a": {"default": True, "allowance": None}}}
     assert not Draft202012Validator(definition("PlansFile")).is_valid(document)

@@ -47,11 +47,18 @@ def test_the_names_and_labels_that_users_rely_on(metrics: Metrics) -> None:
         "quota_gateway_released_credits": {"cause"},
         "quota_gateway_written_off_credits": set(),
         "quota_gateway_reservations_open": set(),
+        "quota_gateway_leases_expired": set(),
+        "quota_gateway_journal_pending": set(),
+        "quota_gateway_journal_failures": set(),
+        "quota_gateway_ledger_archived": set(),
+        "quota_gateway_ledger_archive_failures": set(),
+        "quota_gateway_streams_truncated": {"plan"},
         "quota_gateway_overhead_seconds": {"phase"},
         "quota_gateway_store_seconds": {"script"},
         "quota_gateway_upstream_overruns": {"upstream"},
         "quota_gateway_upstream_inflight": {"upstream"},
         "quota_gateway_config_last_reload_successful": set(),
+        "quota_gateway_config_last_reload_seconds": set(),
         "quota_gateway_build_info": {"version"},
         "gen_ai_client_token_usage": gen_ai | {"gen_ai_token_type"},
         "gen_ai_server_request_duration_seconds": gen_ai,
@@ -66,6 +73,7 @@ def drive(metrics: Metrics) -> None:
     metrics.settled("standard", "llama", "allowance", 1)
     metrics.released("settled", 1)
     metrics.written_off(1)
+    metrics.stream_truncated("standard")
     metrics.overhead("reserve", 0.001)
     metrics.store_call("reserve", 0.001)
     metrics.upstream_started("ionet")
@@ -127,6 +135,29 @@ def test_a_configuration_is_in_force_until_a_reload_fails(metrics: Metrics) -> N
     assert value(metrics, name) == 0
     metrics.config_reloaded(True)
     assert value(metrics, name) == 1
+
+
+def test_the_time_of_a_reload_is_that_of_the_configuration_in_force(
+    metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "quota_gateway_config_last_reload_seconds"
+    monkeypatch.setattr("time.time", lambda: 1000.5)
+    metrics.config_reloaded(True)
+    monkeypatch.setattr("time.time", lambda: 2000.5)
+    metrics.config_reloaded(False)
+    assert value(metrics, name) == 1000.5
+    metrics.config_reloaded(True)
+    assert value(metrics, name) == 2000.5
+
+
+def test_names_of_a_new_configuration_are_known_beside_those_of_the_old(metrics: Metrics) -> None:
+    name = "quota_gateway_decisions_total"
+    metrics.decided("admitted", "allowance", "pro")
+    metrics.use(["pro"], ["mistral"])
+    for plan in ("pro", "standard"):
+        metrics.decided("admitted", "allowance", plan)
+    found = {dict(labels)["plan"]: count for labels, count in samples(metrics, name).items() if count}
+    assert found == {"other": 1, "pro": 1, "standard": 1}
 
 
 def test_a_streamed_answer_is_timed_by_token(metrics: Metrics) -> None:

@@ -348,6 +348,15 @@ def test_the_bytes_of_a_request_bound_its_token_ids(prompts: list[list[int]]) ->
     assert most.input_tokens >= sum(map(len, prompts))
 
 
+@pytest.mark.parametrize("asked", [True, False, None])
+def test_a_client_may_ask_for_usage_on_every_chunk(asked: bool | None) -> None:
+    ask = read("chat", stream=True, stream_options={"include_usage": True, "continuous_usage_stats": asked})
+    assert (ask.stream, ask.wants_usage, ask.wants_running_usage) == (True, True, bool(asked))
+    with pytest.raises(InvalidRequest) as refused:
+        read("chat", stream=True, stream_options={"continuous_usage_stats": "yes"})
+    assert refused.value.param == "stream_options.continuous_usage_stats"
+
+
 # --- what can be paid -----------------------------------------------------------------------------------------------
 
 _PRICED = st.builds(

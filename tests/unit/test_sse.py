@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.config.model import CountOutput
 from gateway.domain.price import Tokens
 from gateway.domain.request import Ask, Bound, Operation
 from gateway.upstream import sse
@@ -422,3 +423,199 @@ def test_a_whole_event_at_the_end_is_closed_before_an_error_follows() -> None:
     events = stream_of()
     assert events.feed(event(words("a")).rstrip()) == b""
     assert events.end() == event(words("a"))
+
+
+# --- what is covered -------------------------------------------------------------------------------------------------
+
+
+def chunks_of(*texts: str) -> list[bytes]:
+    return [event(words(text)) for text in texts]
+
+
+def test_output_that_is_not_covered_waits() -> None:
+    events, (one, two, three) = stream_of(), chunks_of("a", "b", "c")
+    assert events.feed(one + two + three, covered=2) == one + two
+    assert (events.counted, events.waiting, events.wanted) == (2, True, 3)
+    assert events.release(2) == b""
+    assert events.release(3) == three
+    assert (events.counted, events.waiting, events.wanted) == (3, False, 3)
+
+
+def test_what_waits_is_not_charged() -> None:
+    events = stream_of()
+    events.feed(b"".join(chunks_of("a", "b", "c")) + event(usage_only(7, 3)) + DONE, covered=1)
+    assert events.tokens(complete=False) == Tokens(10, 1)
+    assert not events.done
+    assert events.usage is None
+
+
+def test_the_end_waits_behind_output_that_waits() -> None:
+    events, (one, two) = stream_of(), chunks_of("a", "b")
+    assert events.feed(one + two + DONE, covered=1) == one
+    assert events.release(2) == two
+    assert events.done
+    assert events.closing(None) == DONE
+
+
+def test_an_event_without_output_needs_no_cover() -> None:
+    role = event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
+    finish = event(words("", "stop"))
+    assert stream_of().feed(role + finish, covered=0) == role + finish
+
+
+def test_a_last_event_without_blank_line_waits_too() -> None:
+    events = stream_of()
+    last = event(words("a"))
+    assert events.feed(last.rstrip()) == b""
+    assert events.end(covered=0) == b""
+    assert events.release(1) == last
+
+
+@given(_streams(), st.data())
+def test_however_little_is_covered_at_a_time_the_client_gets_the_same(
+    streams: tuple[bytes, bytes], data: st.DataObject
+) -> None:
+    whole, shown = streams
+    events, out, covered = stream_of(), b"", 0
+    for chunk in pieces(whole, data.draw(st.lists(st.integers(0, len(whole)), max_size=10))):
+        out += events.feed(chunk, covered)
+        while events.waiting:
+            assert events.counted <= covered < events.wanted
+            covered = events.wanted
+            out += events.release(covered)
+    assert out + events.closing(None) == shown
+    assert events.tokens(complete=True) == fed(whole)[1].tokens(complete=True)
+
+
+# --- how output is counted -------------------------------------------------------------------------------------------
+
+
+def counted(rule: CountOutput, *values: Any, answers: int = 1) -> int:
+    events = EventStream(Ask("chat", "m", 40, completions=answers, stream=True), Bound(1000, answers, 1000), rule)
+    events.feed(b"".join(event(value) for value in values))
+    return events.counted
+
+
+@pytest.mark.parametrize("text", ["abcdefgh", "üüüü", '"""\n\n\\\\\t', "\u0001\u0002345678"])
+def test_escapes_count_as_what_they_stand_for(text: str) -> None:
+    assert len(text.encode()) == 8
+    for value in (json.dumps(words(text)), json.dumps(words(text), ensure_ascii=False)):
+        for rule, tokens in (("chunks", 2), ("bytes", 8)):
+            events = EventStream(Ask("chat", "m", 40, stream=True), Bound(1000, 1, 1000), rule)  # type: ignore[arg-type]
+            events.feed(b"data: " + value.encode() + b"\n\n")
+            assert events.counted == tokens
+
+
+def test_by_bytes_no_text_counts_too_little() -> None:
+    assert counted("bytes", words("abc"), words("de")) == 5
+    events = EventStream(Ask("chat", "m", 40, stream=True), Bound(1000, 1, 1000), "bytes")
+    events.feed(b"".join(chunks_of("abcd", "efgh")))
+    assert events.tokens(complete=False).output == 2  # but no customer pays a token per byte
+
+
+def test_by_usage_the_last_report_and_what_came_since_count() -> None:
+    assert counted("usage", words("a"), words("b", usage=usage(7, 50)), words("c"), words("d")) == 52
+    assert counted("usage", words("a long text of some words", usage=usage(7, 1))) == 1
+    assert counted("usage", words("a"), words("b", usage=usage(7, 10**9))) == 1000
+
+
+def test_by_usage_an_event_is_covered_only_if_its_own_report_is() -> None:
+    events = EventStream(Ask("chat", "m", 40, stream=True), Bound(1000, 1, 1000), "usage")
+    assert events.feed(event(words("a", usage=usage(7, 9))), covered=8) == b""
+    assert events.wanted == 9
+
+
+def test_by_usage_several_answers_count_by_chunks() -> None:
+    assert counted("usage", words("a", usage=usage(7, 50)), words("b", usage=usage(7, 50)), answers=2) == 2
+
+
+def test_a_running_usage_is_charged_exactly_when_the_stream_ends_early() -> None:
+    events = EventStream(Ask("chat", "m", 40, stream=True), Bound(1000, 1, 1000), "usage")
+    events.feed(event(words("a text of more than four bytes", usage=usage(7, 3))) + event(words("b")))
+    assert events.tokens(complete=False) == Tokens(7, 4)
+
+
+@pytest.mark.parametrize("show", [False, True])
+def test_running_usage_is_not_shown_to_who_did_not_ask(show: bool) -> None:
+    ask = Ask("chat", "m", 40, stream=True, wants_usage=show)
+    events = EventStream(ask, Bound(1000, 1, 1000), "usage")
+    chunks = (words("a", usage=usage(7, 1)), words("", "stop", usage=usage(7, 1)), usage_only(7, 1))
+    out = events.feed(b"".join(event(chunk) for chunk in chunks) + DONE) + events.closing(None)
+    shown = [orjson.loads(line[6:]) for line in out.splitlines() if line.startswith(b"data: {")]
+    assert [bool(chunk.get("usage")) for chunk in shown] == ([False, False, True] if show else [False, False])
+    assert events.tokens(complete=True) == Tokens(7, 1)
+
+
+def test_running_usage_is_shown_to_who_asked() -> None:
+    ask = Ask("chat", "m", 40, stream=True, wants_usage=True, wants_running_usage=True)
+    events = EventStream(ask, Bound(1000, 1, 1000), "usage")
+    stream = (
+        event(words("a", usage=usage(7, 1))) + event(words("", "stop", usage=usage(7, 1))) + event(usage_only(7, 1))
+    )
+    assert events.feed(stream + DONE) + events.closing(None) == stream + DONE
+
+
+# --- cut short -------------------------------------------------------------------------------------------------------
+
+QUOTA = {"ended_by": "credits", "code": "insufficient_quota"}
+FRAME = {"id": "c1", "object": "chat.completion.chunk", "created": 5, "model": "upstream-m"}
+
+
+def closing_of(events: EventStream, cost: Any = None) -> list[Any]:
+    *values, done = events.closing(cost).split(b"\n\n")[:-1]
+    assert done == b"data: [DONE]"
+    return [json.loads(value.removeprefix(b"data: ")) for value in values]
+
+
+def test_a_stream_cut_short_ends_as_if_at_its_limit_and_says_why() -> None:
+    events = stream_of()
+    events.feed(event({**FRAME, **words("a")}) + event({**FRAME, **words("b")}), covered=1)
+    events.cut_short(QUOTA)
+    assert events.done
+    choice = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "length"}
+    assert closing_of(events) == [{**FRAME, "choices": [choice], "quota": QUOTA}]
+    assert events.tokens(complete=False) == Tokens(10, 1)
+
+
+def test_of_several_answers_only_those_still_open_are_ended() -> None:
+    events = stream_of(answers=3)
+    events.feed(event(words("a")) + event({"choices": [{"index": 1, "delta": {}, "finish_reason": "stop"}]}))
+    events.cut_short(QUOTA)
+    assert [value["choices"][0]["index"] for value in closing_of(events)] == [0, 2]
+
+
+def test_a_text_completion_is_ended_in_its_own_shape() -> None:
+    events = stream_of(operation="text_completion")
+    events.feed(event({"object": "text_completion", "choices": [{"index": 0, "text": "a", "finish_reason": None}]}))
+    events.cut_short(QUOTA)
+    (value,) = closing_of(events)
+    assert value["object"] == "text_completion"
+    assert value["choices"] == [{"index": 0, "text": "", "logprobs": None, "finish_reason": "length"}]
+
+
+def test_who_asked_gets_the_usage_that_is_charged_and_its_cost() -> None:
+    events = stream_of(show=True)
+    events.feed(event(words("a")) * 3)
+    events.cut_short(QUOTA)
+    *_, last = closing_of(events, COST)
+    assert last["choices"] == []
+    assert [last["usage"][name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")] == [10, 3, 13]
+    assert last["usage"]["credits"] == {"source": "payg"}
+
+
+def test_a_finish_that_was_held_back_is_not_lost() -> None:
+    events = stream_of(answers=2)
+    finish = event(words("", "stop", usage=usage()))
+    assert events.feed(finish + event({"choices": [{"index": 1, "delta": {"content": "b"}}]}), covered=0) == b""
+    events.cut_short(QUOTA)
+    first, second = closing_of(events)
+    assert event(first) == finish
+    assert second["choices"][0]["index"] == 1
+
+
+def test_a_stream_of_nothing_can_be_cut_short() -> None:
+    events = stream_of()
+    events.feed(b'data: {"content": "no chunk"}\n\n', covered=0)
+    events.cut_short(QUOTA)
+    assert closing_of(events)[0]["choices"][0]["finish_reason"] == "length"
+    assert events.tokens(complete=False) == Tokens(0, 0)

@@ -1,17 +1,20 @@
 #!lua
---[[ credit: add prepaid credits to an account, as a grant (bought or given) or as a refund (of what was charged).
+--[[ credit: change an account's prepaid credits by an operator's word: a grant (bought or given), a refund (of what was
+charged to them) or a deduction.
 
 KEYS  1 account hash   2 shard's records   3 shard's due set   4 shard's ledger
-ARGV  1 account   2 operation id   3 'grant' or 'refund'   4 amount (nano)   5 reason for the ledger
+ARGV  1 account   2 operation id   3 'grant', 'refund' or 'deduct'   4 amount (nano)   5 note for the ledger
 Returns {'credited', repeated (0/1), balance (nano)}
         {'conflict'}: the operation id was used for something else   {'unknown_account'}
         {'too_large', most that could be added (nano)}
-        {'exceeds_spent', most that could be refunded (nano)}: no more comes back than prepaid credits ever paid ]]
---#include number window account ledger operation
+        {'exceeds_spent', most that could be refunded (nano)}: no more comes back than prepaid credits ever paid
+        {'exceeds_free', most that could be deducted (nano)}: what requests in flight hold cannot be taken away ]]
+--#include number window ledger account operation
 
 assert(#KEYS == 4 and #ARGV == 5, 'credit takes 4 keys and 5 arguments')
 local name, id, kind = ARGV[1], ARGV[2], ARGV[3]
 local amount = whole(ARGV[4], 'amount')
+local totals = {grant = 'bought', refund = 'refunded', deduct = 'deducted'}
 
 -- Read
 local account = load_account(KEYS[1])
@@ -22,7 +25,11 @@ local now = account_ms(account)
 local state = operation_state(KEYS[2], name, id, kind, ARGV[4])
 if state == 'conflict' then return {'conflict'} end
 if state == 'repeated' then return {'credited', '1', digits(account.balance)} end
-if account.balance + amount > MAX_NANO then return {'too_large', digits(MAX_NANO - account.balance)} end
+if kind == 'deduct' then
+  if amount > balance_free(account) then return {'exceeds_free', digits(balance_free(account))} end
+elseif account.balance + amount > MAX_NANO then
+  return {'too_large', digits(MAX_NANO - account.balance)}
+end
 if kind == 'refund' then
   -- Lifetime sums may pass 2^53; their difference is then off by a few nano, in nobody's favour for long.
   local spent = tonumber(redis.call('HGET', KEYS[1], 'total_spent') or '0')
@@ -31,10 +38,11 @@ if kind == 'refund' then
 end
 
 -- Write
-account.balance = account.balance + amount
+local change = kind == 'deduct' and -amount or amount
+account.balance = account.balance + change
+add_total(account, totals[kind], amount)
+add_entry(account, kind, id, {{totals[kind], -change}, {'balance', change}}, {'note', ARGV[5]})
 remember_time(account, now)
-add_total(account, kind == 'refund' and 'refunded' or 'bought', amount)
-append_entry(KEYS[4], name, account, kind, id, now, {balance = amount}, {'note', ARGV[5]})
-save_account(account)
+save_account(account, KEYS[4], name, now)
 write_operation(KEYS[2], KEYS[3], name, id, kind, ARGV[4], now)
 return {'credited', '0', digits(account.balance)}

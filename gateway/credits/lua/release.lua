@@ -1,20 +1,20 @@
 #!lua
---[[ release: end a reservation without a cost: void (by whoever made it), expire (only if its lease has run out) or
-abandon (whoever made it is known to be gone; otherwise like expire).
+--[[ release: end a reservation without its maker's word on the cost: void (by whoever made it, or an operator), expire
+(only if its lease has run out) or abandon (whoever made it is known to be gone; otherwise like expire).
 
 KEYS  1 account hash   2 shard's records   3 shard's due set   4 shard's ledger
 ARGV  1 account   2 reservation id   3 'void', 'expire' or 'abandon'
-Returns {'settled' | 'voided' | 'expired', id, from allowance, from balance, written off, repeated (0/1)}
+Returns {'settled' | 'voided' | 'refunded' | 'expired', id, from allowance, from balance, written off, repeated (0/1)}
         {'open', lease's end (ms)}: expire came too early
         {'unknown_account'} | {'unknown_reservation'}
 
-An expired reservation keeps its record, so that a late settlement still lands once; a voided one is over. What an
-earlier window's hold leaves lapses. The window is not rolled: nothing here needs it. ]]
---#include number window account ledger reservation
+A voided one costs nothing and is over. An expired one is charged as its plan says (on_lost): what it was seen to cost,
+its whole hold, or nothing; it keeps its record, so that a late settlement still lands once. What an earlier window's
+hold leaves lapses. The window is not rolled: nothing here needs it. ]]
+--#include number window ledger account plan reservation charge
 
 assert(#KEYS == 4 and #ARGV == 3, 'release takes 4 keys and 3 arguments')
 local name, id, verb = ARGV[1], ARGV[2], ARGV[3]
-local nothing = {from_allowance = 0, from_balance = 0, written_off = 0}
 
 -- Read
 local account = load_account(KEYS[1])
@@ -24,22 +24,29 @@ if not record or record.account ~= name then return {'unknown_reservation'} end
 local now = account_ms(account)
 
 -- Check
-if record.state == 'expired' then return ended_reply(id, 'expired', nothing, true) end
 if record.state ~= 'open' then return ended_reply(id, record.state, record, true) end
 if verb == 'expire' and now < record.expires then return {'open', digits(record.expires)} end
+local cost, cost_at_rate = 0, 0
+if verb ~= 'void' and record.on_lost == 'charge_seen' then
+  cost, cost_at_rate = record.seen_payg, record.seen_at_rate
+elseif verb ~= 'void' and record.on_lost == 'charge_hold' then
+  cost, cost_at_rate = record.payg, at_rate(record.payg, record.rate)
+end
 
 -- Write
-release_hold(account, record)
-if record.epoch ~= account.epoch then
-  add_total(account, 'lapsed', record.from_allowance)
-  append_entry(KEYS[4], name, account, 'lapse', id, now, {lapsed = record.from_allowance}, {})
+local postings = {}
+local charged = charge(account, record, cost, cost_at_rate, postings)
+if postings_text(postings) ~= '' then
+  add_entry(account, cost > 0 and 'expire' or 'lapse', id, postings,
+    {'model', record.model, 'key', record.key, 'note', record.seen_note})
 end
 remember_time(account, now)
-save_account(account)
+save_account(account, KEYS[4], name, now)
 if verb == 'void' then
-  write_ended(KEYS[2], KEYS[3], id, 'voided', name, nothing, now)
-  return ended_reply(id, 'voided', nothing, false)
+  write_ended(KEYS[2], KEYS[3], id, 'voided', name, charged, now)
+  return ended_reply(id, 'voided', charged, false)
 end
 record.state, record.expires = 'expired', now + RETENTION_MS
-write_open(KEYS[2], KEYS[3], id, record)
-return ended_reply(id, 'expired', nothing, false)
+record.parts, record.from_balance, record.written_off = charged.parts, charged.from_balance, charged.written_off
+write_record(KEYS[2], KEYS[3], id, record)
+return ended_reply(id, 'expired', charged, false)

@@ -1,12 +1,12 @@
 #!lua flags=no-writes
---[[ show: an account's credits as they are now, its window rolled in the answer only.
+--[[ show: an account's credits as they are now, its windows rolled in the answer only.
 
 KEYS  1 account hash
-ARGV  1 plan   2 allowance kind   3 allowance amount (nano)   4 refresh (ms)   5 rate (ppm)   6 payg (0/1)
+ARGV  1 plan   2… the plan's terms: rate (ppm), payg (0/1), on_lost, then kind, amount (nano), refresh (ms) per window
 Returns {'funds', funds…} | {'unknown_account'} | {'other_plan', plan} ]]
---#include number window account
+--#include number window ledger account plan
 
-assert(#KEYS == 1 and #ARGV == 6, 'show takes 1 key and 6 arguments')
+assert(#KEYS == 1 and #ARGV >= 4, 'show takes 1 key and at least 4 arguments')
 local terms = read_terms(2)
 
 local account = load_account(KEYS[1])

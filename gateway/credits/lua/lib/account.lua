@@ -1,52 +1,88 @@
 -- The account hash: loaded once, changed in memory, written once at the end (read → check → write).
 --
 -- plan, plan_version      the plan's name; a number that only grows with each change of plan
--- refresh, window_end     length and end of the current window, ms (a plan without an allowance: days of 0 credits)
--- granted, used, held     the current window's allowance, nano
--- used_today              allowance used today in windows before the current one, nano: a change to a longer
---                         refresh cycle counts it, so that changing back and forth resets nothing
--- held_before             allowance still held by reservations of earlier windows, nano
 -- balance, balance_held   prepaid credits, nano
--- epoch                   number of windows this account has seen; a reservation belongs to one
+-- day, day_used           start (ms, UTC) of the day of the latest refresh; allowance used in it, nano: a window that a
+--                         change of plan opens counts what was used before it, so that changing back resets nothing
+-- epoch                   number of windows that this account has opened; each window has a number of its own
 -- sequence                number of the last ledger entry
 -- seen                    latest time seen, ms: time never runs backwards for an account
+-- w1 … w4                 the plan's windows, each 'refresh|finish|granted|used|…' (WINDOW below)
 -- total_*                 lifetime sums, nano; only ever touched by HINCRBY, never by Lua's doubles
 
-local NUMBERS = {
-  'plan_version', 'refresh', 'window_end', 'granted', 'used', 'used_today', 'held', 'held_before',
-  'balance', 'balance_held', 'epoch', 'sequence', 'seen'
-}
+local NUMBERS = {'plan_version', 'balance', 'balance_held', 'day', 'day_used', 'epoch', 'sequence', 'seen'}
 
-local function load_account(key)
-  local values = redis.call('HMGET', key, 'plan', unpack(NUMBERS))
-  if not values[1] then return nil end
-  local account = {key = key, plan = values[1], stored_plan = values[1], stored = {}, totals = {}}
-  for i, name in ipairs(NUMBERS) do
-    account[name] = tonumber(values[i + 1])
-    account.stored[name] = account[name]
+-- refresh, finish         length and end of the window, ms
+-- granted, used, held     nano; held by reservations that were made in this window
+-- before                  nano that open reservations of ended windows of this length still hold
+-- epoch                   this window's number
+-- first                   number of the first window of this length since the plan has it
+-- adopted_epoch, adopted  the window that this one replaced at a change of plan, and what was held in it, nano
+local WINDOW = {'refresh', 'finish', 'granted', 'used', 'held', 'before', 'epoch', 'first', 'adopted_epoch', 'adopted'}
+local WINDOW_FIELDS = {'w1', 'w2', 'w3', 'w4'}
+
+local function read_window(text)
+  local window, i = {}, 0
+  for part in string.gmatch(text, '%d+') do
+    i = i + 1
+    window[WINDOW[i]] = tonumber(part)
   end
-  return account
+  return window
+end
+
+local function window_text(window)
+  local parts = {}
+  for i, name in ipairs(WINDOW) do parts[i] = digits(window[name]) end
+  return table.concat(parts, '|')
 end
 
 local function new_account(key, plan)
-  local account = {key = key, plan = plan, stored = {}, totals = {}}
+  local account = {key = key, plan = plan, stored = {}, windows = {}, totals = {}, entries = {}}
   for _, name in ipairs(NUMBERS) do account[name] = 0 end
   return account
 end
 
--- Write what changed. total_* are added with 64-bit arithmetic by the server itself.
-local function save_account(account)
+local function load_account(key)
+  local values = redis.call('HMGET', key, 'plan', 'w1', 'w2', 'w3', 'w4', unpack(NUMBERS))
+  if not values[1] then return nil end
+  local account = new_account(key, values[1])
+  account.stored.plan = values[1]
+  for i, field in ipairs(WINDOW_FIELDS) do
+    if values[i + 1] then
+      account.windows[i] = read_window(values[i + 1])
+      account.stored[field] = values[i + 1]
+    end
+  end
+  for i, name in ipairs(NUMBERS) do
+    account[name] = tonumber(values[i + 5])
+    account.stored[name] = values[i + 5]
+  end
+  return account
+end
+
+-- Write what changed, the ledger entries first. total_* are added with 64-bit arithmetic by the server itself.
+local function save_account(account, ledger, name, now)
+  append_entries(account, ledger, name, now)
   local changed = {}
-  if account.plan ~= account.stored_plan then changed = {'plan', account.plan} end
-  for _, name in ipairs(NUMBERS) do
-    if account[name] ~= account.stored[name] then
-      changed[#changed + 1] = name
-      changed[#changed + 1] = digits(account[name])
+  local function put(field, text)
+    if text ~= account.stored[field] then
+      changed[#changed + 1] = field
+      changed[#changed + 1] = text
+    end
+  end
+  put('plan', account.plan)
+  for _, number in ipairs(NUMBERS) do put(number, digits(account[number])) end
+  for i, field in ipairs(WINDOW_FIELDS) do
+    local window = account.windows[i]
+    if window then
+      put(field, window_text(window))
+    elseif account.stored[field] then
+      redis.call('HDEL', account.key, field)
     end
   end
   if #changed > 0 then redis.call('HSET', account.key, unpack(changed)) end
-  for name, delta in pairs(account.totals) do
-    if delta ~= 0 then redis.call('HINCRBY', account.key, 'total_' .. name, digits(delta)) end
+  for total, delta in pairs(account.totals) do
+    if delta ~= 0 then redis.call('HINCRBY', account.key, 'total_' .. total, digits(delta)) end
   end
 end
 
@@ -64,71 +100,64 @@ local function account_ms(account)
   return math.max(store_ms(), account.seen)
 end
 
--- Five ARGV from index i: kind, amount (nano), refresh (ms), rate (ppm), payg ('1' or '0').
-local function read_terms(i)
-  local terms = {
-    kind = ARGV[i],
-    amount = whole(ARGV[i + 1], 'allowance amount'),
-    refresh = whole(ARGV[i + 2], 'refresh'),
-    rate = whole(ARGV[i + 3], 'rate'),
-    payg = ARGV[i + 4] == '1'
-  }
-  if terms.refresh < 1 or DAY_MS % terms.refresh ~= 0 then
-    error('refresh does not divide a day: ' .. ARGV[i + 2])
-  end
-  return terms
+-- When the first of the account's windows ends, ms; without windows, the day's end.
+local function first_finish(account)
+  local finish = account.day + DAY_MS
+  for _, window in ipairs(account.windows) do finish = math.min(finish, window.finish) end
+  return finish
 end
 
--- Move the account into the window of now if its own has ended. In memory only; the ledger entry is kept in
--- account.refreshed until save time, because a denial writes nothing.
-local function roll(account, terms, now)
-  if now < account.window_end then return end
-  local start, finish, grant = window_at(terms, now)
-  local today = now - now % DAY_MS
-  local earlier = account.window_end > today and account.used_today + account.used or 0
-  -- A cycle made longer in the configuration can open a window that began before the old one ended.
-  local carried = start < account.window_end and earlier or 0
-  local lapsed = account.granted - account.used - account.held
-  account.refreshed = {granted = grant - carried, lapsed = lapsed}
-  account.held_before = account.held_before + account.held
-  account.held = 0
-  account.used = carried
-  account.used_today = earlier - carried
-  account.granted = grant
-  account.refresh = terms.refresh
-  account.window_end = finish
-  account.epoch = account.epoch + 1
-  add_total(account, 'granted', grant - carried)
-  add_total(account, 'lapsed', lapsed)
+-- Only a time within the windows is remembered: a wrong clock must not push an account into the future.
+local function remember_time(account, now)
+  if now < first_finish(account) then account.seen = now end
 end
 
 -- The gateway's clock and the store's differ by more than a minute: one of them is wrong, and a wrong store
 -- clock (a failed-over replica, say) must not be allowed to refresh anyone's allowance.
 local MAX_SKEW_MS = 60000
 local function skewed(account, now, gateway_ms)
-  return now >= account.window_end and math.abs(store_ms() - gateway_ms) > MAX_SKEW_MS
+  return now >= first_finish(account) and math.abs(store_ms() - gateway_ms) > MAX_SKEW_MS
 end
 
--- Only a time within the window is remembered: a wrong clock must not push an account into the future.
-local function remember_time(account, now)
-  if now < account.window_end then account.seen = now end
+local function window_free(window)
+  return window.granted - window.used - window.held - window.adopted
 end
 
+-- What the allowance can still pay: the tightest window decides.
 local function allowance_free(account)
-  return math.max(0, account.granted - account.used - account.held)
+  local free
+  for _, window in ipairs(account.windows) do free = math.min(free or MAX_NANO, window_free(window)) end
+  return math.max(0, free or 0)
 end
 
 local function balance_free(account)
   return account.balance - account.balance_held
 end
 
--- The ten values that every reply ends with; domain/decision.py Funds reads them.
+-- Whether any reservation in flight holds credits that it may give back to the current windows.
+local function holds_anything(account)
+  local held = account.balance_held
+  for _, window in ipairs(account.windows) do held = held + window.held + window.adopted end
+  return held > 0
+end
+
+-- The values that every reply ends with; domain/decision.py Funds reads them.
 local function funds(account, terms, now, reply)
-  local _, _, next_grant = window_at(terms, math.max(now, account.window_end))
-  for _, value in ipairs({account.plan, digits(account.granted), digits(account.used), digits(account.held),
-    digits(account.balance), digits(account.balance_held), digits(account.window_end), digits(next_grant),
-    digits(now), digits(account.sequence)}) do
-    reply[#reply + 1] = value
+  local values = {account.plan, digits(account.balance), digits(account.balance_held), digits(now),
+    digits(account.sequence)}
+  for _, window in ipairs(account.windows) do
+    local next_granted = 0
+    for _, term in ipairs(terms.windows) do
+      if term.refresh == window.refresh then
+        local _, _, grant = window_at(term, math.max(now, window.finish))
+        next_granted = grant
+      end
+    end
+    for _, number in ipairs({window.refresh, window.granted, window.used, window.held + window.adopted, window.finish,
+      next_granted}) do
+      values[#values + 1] = digits(number)
+    end
   end
+  for _, value in ipairs(values) do reply[#reply + 1] = value end
   return reply
 end

@@ -1,29 +1,42 @@
 -- The ledger: one stream per shard, appended by the very script that moves the credits.
--- Fields of an entry: account, sequence (without gaps per account), kind, id, time (ms), then the movement:
--- granted, lapsed, allowance (charged), balance (signed change), written_off, all nano, zero ones left out;
--- used_after, balance_after; and what the caller wants remembered (plan, note).
+--
+-- An entry: account, sequence (without gaps per account), kind, id, time (ms), postings, used_after, balance_after, and
+-- what the kind has beyond that (plan, model, key, note).
+-- postings: 'book nano book nano …', signed and summing to 0. Books: balance against bought, refunded, deducted, spent;
+-- unpaid against written_off; and per length of window granted:, window: (granted less used), used:, before: (held by
+-- reservations of ended windows) and lapsed:.
 
-local MOVEMENTS = {'granted', 'lapsed', 'allowance', 'balance', 'written_off'}
-
-local function append_entry(ledger, name, account, kind, id, now, movement, remember)
-  account.sequence = account.sequence + 1
-  local entry = {'account', name, 'sequence', digits(account.sequence), 'kind', kind, 'id', id, 'time', digits(now)}
-  for _, field in ipairs(MOVEMENTS) do
-    if movement[field] and movement[field] ~= 0 then
-      entry[#entry + 1] = field
-      entry[#entry + 1] = digits(movement[field])
-    end
-  end
-  for _, value in ipairs({'used_after', digits(account.used), 'balance_after', digits(account.balance)}) do
-    entry[#entry + 1] = value
-  end
-  for _, value in ipairs(remember) do entry[#entry + 1] = value end
-  redis.call('XADD', ledger, '*', unpack(entry))
+local function post(postings, book, nano)
+  postings[#postings + 1] = {book, nano}
 end
 
--- The refresh that roll() made in memory goes on record before whatever caused it.
-local function append_refresh(ledger, name, account, now)
-  if not account.refreshed then return end
-  append_entry(ledger, name, account, 'refresh', digits(account.window_end), now, account.refreshed,
-    {'epoch', digits(account.epoch)})
+-- One figure per book, in the order of their first mention; what comes to 0 is left out.
+local function postings_text(postings)
+  local order, sums = {}, {}
+  for _, posting in ipairs(postings) do
+    local book = posting[1]
+    if not sums[book] then order[#order + 1] = book end
+    sums[book] = (sums[book] or 0) + posting[2]
+  end
+  local parts = {}
+  for _, book in ipairs(order) do
+    if sums[book] ~= 0 then parts[#parts + 1] = book .. ' ' .. digits(sums[book]) end
+  end
+  return table.concat(parts, ' ')
+end
+
+-- Keep an entry in memory until the account is saved.
+local function add_entry(account, kind, id, postings, more)
+  account.entries[#account.entries + 1] = {kind = kind, id = id, postings = postings_text(postings), more = more}
+end
+
+local function append_entries(account, ledger, name, now)
+  local used = {}
+  for i, window in ipairs(account.windows) do used[i] = digits(window.refresh) .. ':' .. digits(window.used) end
+  for _, entry in ipairs(account.entries) do
+    account.sequence = account.sequence + 1
+    redis.call('XADD', ledger, '*', 'account', name, 'sequence', digits(account.sequence), 'kind', entry.kind,
+      'id', entry.id, 'time', digits(now), 'postings', entry.postings, 'used_after', table.concat(used, ' '),
+      'balance_after', digits(account.balance), unpack(entry.more))
+  end
 end

@@ -1,0 +1,110 @@
+-- Who pays a cost, and what that moves.
+
+-- Whether the account's windows are still those that the hold was made in.
+local function in_own_windows(account, record)
+  for _, part in ipairs(record.parts) do
+    for _, window in ipairs(account.windows) do
+      local holder = holder_of(window, part)
+      if holder ~= 'held' and holder ~= 'adopted' then return false end
+    end
+  end
+  return true
+end
+
+-- Of a part of the hold that was released, take so much as used; what an ended window held beyond that lapses.
+-- sign -1 takes such a charge back.
+local function use_part(account, record, part, used, sign, postings)
+  local today = record.created and record.created >= account.day
+  for _, window in ipairs(account.windows) do
+    local holder, book = holder_of(window, part), tostring(window.refresh)
+    if holder == 'held' or holder == 'adopted' then
+      window.used = window.used + sign * used
+      post(postings, 'window:' .. book, -sign * used)
+      post(postings, 'used:' .. book, sign * used)
+      today = true
+    elseif holder == 'before' then
+      post(postings, 'before:' .. book, -sign * part.amount)
+      post(postings, 'used:' .. book, sign * used)
+      post(postings, 'lapsed:' .. book, sign * (part.amount - used))
+    end
+  end
+  for _, span in ipairs(part.spans) do
+    local window = same_length(account.windows, span.refresh)
+    -- Its window was closed, and what it held lapsed, when the plan no longer had one of that length.
+    if not window or not holder_of(window, part) then
+      post(postings, 'lapsed:' .. tostring(span.refresh), -sign * used)
+      post(postings, 'used:' .. tostring(span.refresh), sign * used)
+    end
+  end
+  if today then account.day_used = account.day_used + sign * used end
+end
+
+local function use_now(account, nano, charged, postings)
+  if nano == 0 then return end
+  local part = {amount = nano, spans = {}}
+  for i, window in ipairs(account.windows) do
+    part.spans[i] = {refresh = window.refresh, epoch = window.epoch}
+    window.used = window.used + nano
+    post(postings, 'window:' .. tostring(window.refresh), -nano)
+    post(postings, 'used:' .. tostring(window.refresh), nano)
+  end
+  account.day_used = account.day_used + nano
+  charged.parts[#charged.parts + 1] = part
+end
+
+local function move_outcome(account, charged, sign, postings)
+  local used, balance, written_off = parts_sum(charged.parts), charged.from_balance, charged.written_off
+  account.balance = account.balance - sign * balance
+  post(postings, 'balance', -sign * balance)
+  post(postings, 'spent', sign * balance)
+  post(postings, 'unpaid', -sign * written_off)
+  post(postings, 'written_off', sign * written_off)
+  add_total(account, 'used', sign * used)
+  add_total(account, 'spent', sign * balance)
+  add_total(account, 'written_off', sign * written_off)
+end
+
+-- End a record's hold with a cost (list price, and at the plan's rate); returns what was charged.
+--
+-- The hold pays first: its allowance (in its own windows with what was freed there since), then its balance. Beyond it:
+-- the allowance of the windows of now, the free balance, and at last a recorded write-off: never a negative balance.
+local function charge(account, record, cost, cost_at_rate, postings)
+  move_hold(account, record, -1)
+  local own_windows = in_own_windows(account, record)
+  local available = parts_sum(record.parts)
+  if own_windows then available = math.max(available, allowance_free(account)) end
+  local own, rest = math.min(cost_at_rate, available), 0
+  if cost_at_rate > available then rest = cost - covered_by(available, record.rate, cost) end
+  local charged = {parts = {}, from_balance = math.min(rest, record.from_balance)}
+  rest = rest - charged.from_balance
+
+  for _, part in ipairs(record.parts) do
+    local used = math.min(own, part.amount)
+    use_part(account, record, part, used, 1, postings)
+    charged.parts[#charged.parts + 1] = {amount = used, spans = part.spans}
+    own = own - used
+  end
+  if not own_windows then
+    local free = allowance_free(account)
+    local covered = covered_by(free, record.rate, rest)
+    own = covered == rest and math.min(free, at_rate(rest, record.rate)) or free
+    rest = rest - covered
+  end
+  use_now(account, own, charged, postings)
+  if record.payg_allowed then
+    -- The released part of the hold is free again, but it has paid above already.
+    local more = math.min(rest, balance_free(account) - charged.from_balance)
+    charged.from_balance = charged.from_balance + more
+    rest = rest - more
+  end
+  charged.written_off = rest
+  move_outcome(account, charged, 1, postings)
+  return charged
+end
+
+-- Take back what a record says was charged, so that it is held again and can be charged anew.
+local function uncharge(account, record, postings)
+  for _, part in ipairs(record.parts) do use_part(account, record, part, part.amount, -1, postings) end
+  move_outcome(account, record, -1, postings)
+  move_hold(account, record, 1)
+end

@@ -1,0 +1,27 @@
+-- A client's idempotency key leads from its hash to the reservation of the request that first came with it.
+-- Record: body hash|reservation id, kept in the shard's record hash under 'idem:account:key hash' for 24 h.
+
+local function idempotency_member(name, key_hash)
+  return 'idem:' .. name .. ':' .. key_hash
+end
+
+-- The reply for a request that came before with this key, or nil: it is new, or the first one was not charged.
+local function earlier_request(records, name, key_hash, body_hash)
+  local text = key_hash ~= '' and redis.call('HGET', records, idempotency_member(name, key_hash))
+  if not text then return nil end
+  local body, id = string.match(text, '^(.*)|(.*)$')
+  if body ~= body_hash then return {'other_body'} end
+  local record = read_record(records, id)
+  if not record or record.state == 'voided' or record.state == 'refunded' then return nil end
+  if record.state == 'open' then return {'in_progress', id, '0'} end
+  local cost = parts_sum(record.parts) + record.from_balance + record.written_off
+  if record.state == 'expired' and cost == 0 then return nil end
+  return {'answered', id, digits(cost)}
+end
+
+local function remember_request(records, due, name, key_hash, body_hash, id, now)
+  if key_hash == '' then return end
+  local member = idempotency_member(name, key_hash)
+  redis.call('HSET', records, member, body_hash .. '|' .. id)
+  redis.call('ZADD', due, digits(now + RETENTION_MS), member)
+end

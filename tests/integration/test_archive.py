@@ -1,0 +1,405 @@
+"""The ledger's way from the store's streams into the archive, on both databases and a real store."""
+
+import asyncio
+import json
+import secrets
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import psycopg
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from gateway.credits import archiver as archiver_module
+from gateway.credits.archive import Archive, ArchiveError, Period
+from gateway.credits.archiver import Archiver, ForeignArchive, archiving
+from gateway.credits.auditor import Auditor
+from gateway.credits.errors import StoreRefused, StoreUnavailable
+from gateway.credits.keyspace import account_key, shard_keys, shard_of
+from gateway.credits.ledger import Entry
+from gateway.credits.store import Store
+from gateway.telemetry.metrics import Metrics
+from tests.conftest import START_MS, TimedServer
+from tests.postgresql import postgresql_cluster
+
+EVER = Period()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    with postgresql_cluster() as socket:
+        yield socket
+
+
+def new_database(socket: str) -> str:
+    """The URL of a database that does not exist yet."""
+    return f"postgresql://postgres@/ledger_{secrets.token_hex(6)}?host={socket}"
+
+
+def make_database(url: str) -> None:
+    name = url.partition("@/")[2].partition("?")[0]
+    with closing(psycopg.connect(url.replace(name, "postgres"), autocommit=True)) as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite://{tmp_path}/ledger.sqlite3"
+    url = new_database(request.getfixturevalue("cluster"))
+    make_database(url)
+    return url
+
+
+@asynccontextmanager
+async def archive_at(url: str) -> AsyncIterator[Archive]:
+    archive = Archive(url, Path("unused"))
+    try:
+        yield archive
+    finally:
+        await archive.close()
+
+
+@pytest.fixture
+async def archive(url: str) -> AsyncIterator[Archive]:
+    async with archive_at(url) as archive:
+        yield archive
+
+
+@pytest.fixture
+def archiver(store: Store, archive: Archive, metrics: Metrics) -> Archiver:
+    return Archiver(store, archive, metrics)
+
+
+def sql(url: str, statement: str) -> list[Any]:
+    """Run a statement as someone with the database's own tools would."""
+    if url.startswith("sqlite://"):
+        with closing(sqlite3.connect(url.removeprefix("sqlite://"), isolation_level=None)) as connection:
+            return connection.execute(statement).fetchall()
+    with closing(psycopg.connect(url, autocommit=True)) as connection:
+        cursor = connection.execute(statement.encode())
+        return cursor.fetchall() if cursor.description else []
+
+
+async def write(store: Store, account: str, first: int, last: int, **more: str) -> None:
+    """Entries of an account as the scripts write them: each grants a nano-credit."""
+    stream = shard_keys(shard_of(account)).ledger
+    for sequence in range(first, last + 1):
+        fields = {
+            "account": account,
+            "sequence": str(sequence),
+            "kind": "grant",
+            "id": f"op-{sequence}",
+            "time": str(START_MS + sequence),
+            "postings": "bought -1 balance 1",
+            "used_after": "",
+            "balance_after": str(sequence),
+            "note": json.dumps({"reason": "thanks – ☃"}),
+            **more,
+        }
+        await store.call("XADD", stream, "*", *(word for pair in fields.items() for word in pair))
+    # What the account says of its ledger: readers go no farther.
+    await store.call("HSET", account_key(account), "sequence", last)
+
+
+async def left_in_store(store: Store, *accounts: str) -> int:
+    return sum([await store.call("XLEN", shard_keys(shard_of(account)).ledger) for account in accounts])
+
+
+async def archived(archive: Archive, account: str) -> list[Entry]:
+    return await archive.entries(account, 0, 10**9, EVER, 10_000)
+
+
+def counted(metrics: Metrics, name: str) -> float:
+    families = text_string_to_metric_families(metrics.expose(None)[0].decode())
+    return next(sample.value for family in families for sample in family.samples if sample.name == name)
+
+
+async def sweep_all(archiver: Archiver) -> None:
+    while await archiver.sweep():
+        pass
+
+
+async def test_entries_move_from_the_streams_into_the_archive(
+    store: Store, archive: Archive, archiver: Archiver, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archiver_module, "SHARD_BATCH", 20)
+    await asyncio.gather(*(write(store, f"a{number}", 1, 50) for number in range(20)))
+
+    await sweep_all(archiver)
+
+    for number in range(20):
+        entries = await archived(archive, f"a{number}")
+        assert [one.sequence for one in entries] == list(range(1, 51))
+        assert entries[2].postings == {"bought": -1, "balance": 1}
+        assert (entries[2].id, entries[2].reason, entries[2].time_ms) == ("op-3", "thanks – ☃", START_MS + 3)
+    assert await left_in_store(store, *(f"a{number}" for number in range(20))) == 0
+    assert counted(metrics, "quota_gateway_ledger_archived_total") == 1000
+    assert await archive.last_sequences() == {f"a{number}": 50 for number in range(20)}
+    assert not await archive.conflicts()
+
+
+class Interrupted(Store):
+    """A store that does something else before a command."""
+
+    def __init__(self, store: Store, command: str, before: Callable[[], Awaitable[None]]) -> None:
+        self._store, self._command, self._before = store, command, before
+
+    async def call(self, *command: str | bytes | int) -> Any:
+        if command[0] == self._command:
+            await self._before()
+        return await self._store.call(*command)
+
+    async def scan(self, pattern: str) -> list[str]:
+        return await self._store.scan(pattern)
+
+
+async def test_a_crash_between_archive_and_trim_doubles_nothing(
+    store: Store, archive: Archive, archiver: Archiver, metrics: Metrics
+) -> None:
+    async def crash() -> None:
+        raise StoreUnavailable("gone")
+
+    await write(store, "alice", 1, 10)
+    with pytest.raises(StoreUnavailable):
+        await Archiver(Interrupted(store, "XDEL", crash), archive, metrics).sweep()
+    assert len(await archived(archive, "alice")) == await left_in_store(store, "alice") == 10
+
+    await write(store, "alice", 11, 12)
+    await sweep_all(archiver)
+
+    assert [one.sequence for one in await archived(archive, "alice")] == list(range(1, 13))
+    assert await left_in_store(store, "alice") == 0
+    assert not await archive.conflicts()
+    assert counted(metrics, "quota_gateway_ledger_archived_total") == 12
+
+
+async def test_an_entry_that_comes_while_others_are_archived_is_not_trimmed(
+    store: Store, archive: Archive, archiver: Archiver, metrics: Metrics
+) -> None:
+    await write(store, "alice", 1, 3)
+    await Archiver(Interrupted(store, "XDEL", lambda: write(store, "alice", 4, 5)), archive, metrics).sweep()
+    assert await left_in_store(store, "alice") == 2
+    await sweep_all(archiver)
+    assert [one.sequence for one in await archived(archive, "alice")] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+async def test_while_the_database_fails_nothing_is_trimmed(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, store: Store, metrics: Metrics,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(archiver_module, "IDLE_S", 0.01)
+    blocker = tmp_path / "blocked"
+    if kind == "sqlite":
+        blocker.write_text("a file, where the archive's directory must be")
+        url = f"sqlite://{blocker}/ledger.sqlite3"
+    else:
+        url = new_database(request.getfixturevalue("cluster"))
+    await write(store, "alice", 1, 10)
+
+    async with archiving(store, Archive(url, tmp_path), metrics), asyncio.timeout(30):
+        while counted(metrics, "quota_gateway_ledger_archive_failures_total") < 2:
+            await asyncio.sleep(0.01)
+        assert await left_in_store(store, "alice") == 10
+        assert "the ledger stays in the store, which grows: the ledger's archive: " in caplog.text
+
+        if kind == "sqlite":
+            blocker.unlink()
+        else:
+            make_database(url)
+        while await left_in_store(store, "alice"):
+            await asyncio.sleep(0.01)
+
+    async with archive_at(url) as archive:
+        assert len(await archived(archive, "alice")) == 10
+
+
+async def test_two_archivers_at_once_archive_everything_once(
+    url: str, store: Store, archive: Archive, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archiver_module, "SHARD_BATCH", 7)
+    accounts = [f"a{number}" for number in range(5)]
+
+    async def write_slowly() -> None:
+        for sequence in range(1, 61):
+            await asyncio.gather(*(write(store, account, sequence, sequence) for account in accounts))
+
+    async with archive_at(url) as second:
+        both = [Archiver(store, archive, metrics), Archiver(store, second, metrics)]
+        writing = asyncio.create_task(write_slowly())
+        while not writing.done() or await left_in_store(store, *accounts):
+            await asyncio.gather(*(one.sweep() for one in both))
+
+    for account in accounts:
+        assert [one.sequence for one in await archived(archive, account)] == list(range(1, 61))
+    assert not await archive.conflicts()
+    assert counted(metrics, "quota_gateway_ledger_archived_total") == 300
+
+
+async def test_a_store_whose_memory_is_full_is_still_trimmed(
+    store: Store, archive: Archive, archiver: Archiver, valkey: TimedServer
+) -> None:
+    await write(store, "alice", 1, 3)
+    await sweep_all(archiver)
+    await write(store, "alice", 4, 6)
+    valkey.server.command("CONFIG", "SET", "maxmemory", 1)
+    try:
+        with pytest.raises(StoreRefused, match="OOM"):
+            await write(store, "alice", 7, 7)
+        await sweep_all(archiver)
+    finally:
+        valkey.server.command("CONFIG", "SET", "maxmemory", 0)
+    assert await left_in_store(store, "alice") == 0
+    assert len(await archived(archive, "alice")) == 6
+
+
+async def test_another_archive_is_refused(
+    url: str, tmp_path: Path, store: Store, archive: Archive, archiver: Archiver, metrics: Metrics
+) -> None:
+    await write(store, "alice", 1, 3)
+    await sweep_all(archiver)
+    await write(store, "alice", 4, 6)
+
+    async with archive_at(f"sqlite://{tmp_path}/other.sqlite3") as other:
+        with pytest.raises(ForeignArchive, match="all gateways of a store must have the same archive"):
+            await Archiver(store, other, metrics).sweep()
+        with pytest.raises(ForeignArchive):
+            await Auditor(store, other).tail("alice", 10)
+    assert await left_in_store(store, "alice") == 3
+
+    await sweep_all(archiver)
+    assert len(await archived(archive, "alice")) == 6
+
+
+async def test_a_second_entry_of_the_same_number_is_kept_and_told(
+    url: str, store: Store, archive: Archive, archiver: Archiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    await write(store, "alice", 1, 2)
+    await sweep_all(archiver)
+    # A replica that had not seen entry 2 was made the primary.
+    await write(store, "alice", 2, 2, id="another")
+    await write(store, "alice", 3, 3)
+
+    await sweep_all(archiver)
+
+    assert [one.id for one in await archived(archive, "alice")] == ["op-1", "op-2", "op-3"]
+    [(account, reason)] = await archive.conflicts("alice")
+    assert account == "alice"
+    assert reason.startswith("ledger entry 2 of account alice (stream ")
+    assert [record.levelname for record in caplog.records if reason in record.getMessage()] == ["ERROR"]
+    [(content,)] = sql(url, "SELECT content FROM ledger_conflicts")
+    assert "another" in content
+    assert await left_in_store(store, "alice") == 0
+    assert not await archive.conflicts("bob")
+
+
+async def test_an_entry_that_cannot_be_read_is_kept_whole(
+    url: str, store: Store, archive: Archive, archiver: Archiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    await write(store, "alice", 1, 1)
+    await write(store, "alice", 2, 2, postings="bought one balance 1")
+    await write(store, "alice", 3, 3)
+    await store.call("XADD", shard_keys(shard_of("alice")).ledger, "*", b"\xff\x00", "garbage")
+
+    await sweep_all(archiver)
+
+    assert [one.sequence for one in await archived(archive, "alice")] == [1, 3]
+    assert await left_in_store(store, "alice") == 0
+    reasons = [reason for _, reason in await archive.conflicts()]
+    assert "'one' is not a whole number" in reasons[0] and "cannot be read" in reasons[1]
+    contents = [json.loads(content) for (content,) in sql(url, "SELECT content FROM ledger_conflicts")]
+    assert ["bought one balance 1" in content for content in contents].count(True) == 1
+    assert sum("cannot be read" in record.getMessage() for record in caplog.records) == 2
+
+
+async def test_what_an_entry_has_beyond_the_known_is_archived_too(
+    store: Store, archive: Archive, archiver: Archiver
+) -> None:
+    note = {"price": "00c0ffee", "tokens": {"input": 7}, "source": "chat", "later": [1, 2.5]}
+    await write(store, "alice", 1, 1, note=json.dumps(note), newer="field", model="m", key="0" * 24)
+    await write(store, "alice", 2, 2, note='{"reason": NaN}')
+    await write(store, "alice", 3, 3, note='{"reason": "\\ud800\\u0000"}', used_after="86400000:5")
+
+    await sweep_all(archiver)
+
+    one, two, three = await archived(archive, "alice")
+    assert (one.price_version, one.tokens, one.source) == ("00c0ffee", {"input": 7}, "chat")
+    assert (one.model, one.key) == ("m", "0" * 24)
+    assert one.extra == {"newer": "field", "note": {"later": [1, 2.5]}}
+    assert two.extra == {"note": {"text": '{"reason": NaN}'}}
+    assert (three.reason, three.extra, three.used_after) == ("", {"note": {"reason": "\ud800\0"}}, {86400000: 5})
+    assert not await archive.conflicts()
+
+
+async def test_readers_lose_and_double_nothing_while_the_archiver_moves(
+    store: Store, archive: Archive, archiver: Archiver, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archiver_module, "SHARD_BATCH", 3)
+    # Of one shard, so that their entries are in one stream.
+    neighbours = [name for number in range(3000) if shard_of(name := f"n{number}") == shard_of("n0")][:3]
+    await asyncio.gather(*(write(store, name, 1, 8) for name in neighbours))
+    await archiver.sweep()
+
+    async def move() -> None:
+        await archiver.sweep()
+
+    auditor = Auditor(Interrupted(store, "XRANGE", move), archive)
+    for name in neighbours:
+        assert [one.sequence for one in await auditor.tail(name, 6)] == [3, 4, 5, 6, 7, 8]
+        await write(store, name, 9, 12)
+    exported = [one async for one in auditor.export(None, EVER)]
+    for name in neighbours:
+        assert [one.sequence for one in exported if one.account == name] == list(range(1, 13))
+    await asyncio.gather(*(write(store, name, 13, 20) for name in neighbours))
+    # From the middle of what is archived to the middle of what is not.
+    period = Period(START_MS + 5, START_MS + 18)
+    exported = [one async for one in auditor.export(neighbours[1], period)]
+    assert [one.sequence for one in exported] == list(range(5, 18))
+
+
+async def test_an_archive_that_was_never_made_is_read_as_empty_and_not_made(url: str, store: Store) -> None:
+    await write(store, "alice", 1, 3)
+    async with archive_at(url) as archive:
+        assert [one.sequence for one in await Auditor(store, archive).tail("alice", 2)] == [2, 3]
+        assert await archive.find() is None
+    if url.startswith("sqlite"):
+        assert not Path(url.removeprefix("sqlite://")).exists()
+
+
+async def test_tables_of_another_version_are_not_touched(
+    url: str, store: Store, archive: Archive, archiver: Archiver
+) -> None:
+    await archive.open()
+    sql(url, "UPDATE archive_meta SET value = '99' WHERE name = 'version'")
+    await write(store, "alice", 1, 1)
+    async with archive_at(url) as again:
+        with pytest.raises(ArchiveError, match="tables of version 99; this gateway knows 1"):
+            await again.open()
+
+
+@pytest.mark.parametrize("wrong", ["mysql://x/y", "sqlite://", "sqlite://host/file", "ledger.db"])
+def test_a_url_that_names_no_archive(wrong: str, tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError, match=r"archive\.url is sqlite, sqlite:///absolute/path or a postgresql:// URL"):
+        Archive(wrong, tmp_path)
+
+
+def test_postgresql_without_its_driver_names_the_extra(tmp_path: Path) -> None:
+    with (
+        patch.dict("sys.modules", {"psycopg": None}),
+        pytest.raises(ArchiveError, match=r"pip install 'quota-gateway\[postgresql\]'"),
+    ):
+        Archive("postgresql://localhost/ledger", tmp_path)
+
+
+async def test_no_message_holds_the_database_password(tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError) as refused:
+        Archive("postgresql://me:hunter2@[::1/ledger", tmp_path)
+    async with archive_at(f"postgresql://me:hunter2@/ledger?host={tmp_path}") as archive:
+        with pytest.raises(ArchiveError) as unreachable:
+            await archive.open()
+    assert "hunter2" not in f"{refused.value} {unreachable.value}"

@@ -1,0 +1,127 @@
+"""The store behind real sentinels: the primary changes, in an orderly way or not, and nothing counts twice."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from gateway.credits.errors import StoreError, StoreRefused, StoreUnsuitable
+from gateway.credits.store import Store
+from gateway.telemetry.metrics import Metrics
+from tests.exactly_once import ADD, Adds, accounts_in, add
+from tests.servers import ValkeySentinels, free_port, valkey_sentinels
+
+ACCOUNT = accounts_in(7, 1)[0]
+
+
+@pytest.fixture
+def sentinels() -> Iterator[ValkeySentinels]:
+    """New ones for every test: after a failover it takes them many seconds to be ready for the next."""
+    with valkey_sentinels() as sentinels:
+        yield sentinels
+
+
+@asynccontextmanager
+async def started(url: str, metrics: Metrics, timeout_ms: int = 1000, *, unsafe: bool = False) -> AsyncIterator[Store]:
+    store = Store(url, timeout_ms, metrics, allow_unsafe=unsafe, scripts=[ADD])
+    try:
+        await store.start()
+        yield store
+    finally:
+        await store.close()
+
+
+def in_thread(step: Callable[..., None], *args: object) -> "asyncio.Future[None]":
+    return asyncio.ensure_future(asyncio.to_thread(step, *args))
+
+
+async def test_the_primary_is_killed_under_load(sentinels: ValkeySentinels, metrics: Metrics) -> None:
+    """What was answered and not yet replicated may be lost, so everything is said again: it still counts once."""
+    failovers: list[None] = []
+    async with started(sentinels.url, metrics) as store:
+        store.on_failover = lambda: failovers.append(None)
+        adds = Adds(store, [accounts_in(shard, 1)[0] for shard in range(10)])
+        async with adds.load(workers=100):
+            await adds.progress(500)
+            killed = sentinels.kill_primary()
+            await in_thread(sentinels.wait_taken_over, killed)
+            await adds.progress(1000)
+        await adds.repeat_all()
+        await adds.check_each_happened_once()
+        assert adds.unavailable > 0
+        assert len(failovers) == 1
+
+
+async def test_an_orderly_change_of_primary(sentinels: ValkeySentinels, metrics: Metrics) -> None:
+    failovers: list[None] = []
+    async with started(sentinels.url, metrics) as store:
+        store.on_failover = lambda: failovers.append(None)
+        adds = Adds(store, [accounts_in(shard, 1)[0] for shard in range(10)])
+        async with adds.load(workers=100):
+            await adds.progress(500)
+            await in_thread(sentinels.hand_over)
+            await adds.progress(1000)
+            async with asyncio.timeout(60):  # until then the old primary takes writes
+                while not failovers:
+                    await asyncio.sleep(0.01)
+            await adds.progress(500)
+        await adds.repeat_all()
+        await adds.check_each_happened_once()
+
+
+async def test_a_primary_that_hangs_is_replaced(sentinels: ValkeySentinels, metrics: Metrics) -> None:
+    async with started(sentinels.url, metrics, 300) as store:
+        await add(store, ACCOUNT, "before", 1)
+        hung = sentinels.node(sentinels.primary)
+        hung.pause()
+        try:
+            adds = Adds(store, [ACCOUNT])
+            async with adds.load(workers=5):
+                await adds.progress(50)
+        finally:
+            hung.resume()
+        assert adds.unavailable > 0
+
+
+async def test_a_sentinel_that_hangs_and_one_that_is_dead_do_not_matter(
+    sentinels: ValkeySentinels, metrics: Metrics
+) -> None:
+    alive = ",".join(f"127.0.0.1:{port}" for port in sentinels.sentinel_ports)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        others = f"127.0.0.1:{silent.getsockname()[1]},127.0.0.1:{free_port()}"
+        async with started(f"redis+sentinel://{others},{alive}/{sentinels.NAME}/2", metrics) as store:
+            assert await add(store, ACCOUNT, "op", 1) == (True, 1)
+            assert await store.scan("qg1:{07}:account:*") == [f"qg1:{{07}}:account:{ACCOUNT}"]
+
+
+async def test_a_password(metrics: Metrics) -> None:
+    with valkey_sentinels(password="s3cret") as sentinels:
+        async with started(sentinels.url, metrics) as store:
+            assert await add(store, ACCOUNT, "op", 1) == (True, 1)
+        with pytest.raises(StoreRefused, match=r"NOAUTH|WRONGPASS"):
+            async with started(sentinels.url.replace(":s3cret@", ""), metrics):
+                pass
+
+
+async def test_a_wrong_url_gets_a_clear_error(sentinels: ValkeySentinels, metrics: Metrics) -> None:
+    async def refusal_of(url: str) -> str:
+        with pytest.raises(StoreError) as caught:
+            async with started(url, metrics):
+                pass
+        return str(caught.value)
+
+    assert "knows no primary called 'nobody'" in await refusal_of(sentinels.url.replace(sentinels.NAME, "nobody"))
+    assert "must name the primary" in await refusal_of(sentinels.url.replace(f"/{sentinels.NAME}", ""))
+    assert "use a redis+sentinel:// URL" in await refusal_of(f"redis://127.0.0.1:{sentinels.sentinel_ports[0]}")
+    assert "cannot reach" in await refusal_of(f"redis+sentinel://127.0.0.1:{free_port()}/{sentinels.NAME}")
+
+
+async def test_a_primary_that_would_lose_credits_is_refused(metrics: Metrics) -> None:
+    with valkey_sentinels("--appendonly", "no") as sentinels:
+        with pytest.raises(StoreUnsuitable, match="set appendonly yes"):
+            async with started(sentinels.url, metrics):
+                pass
+        async with started(sentinels.url, metrics, unsafe=True) as store:
+            assert await add(store, ACCOUNT, "op", 1) == (True, 1)
