@@ -5,20 +5,22 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from aiohttp import web
 
 from gateway.config.model import Address, GatewayConfig, Secret, Upstream
 from gateway.config.watch import LiveConfig
+from gateway.credits.api_keys import new_secret
 from gateway.credits.archive import Archive
 from gateway.credits.archiver import archiving
 from gateway.credits.auditor import Auditor, auditing
 from gateway.credits.embedded import EmbeddedStore, EmbeddedStoreError, running_url
-from gateway.credits.errors import StoreError
+from gateway.credits.errors import Rejected, StoreError, StoreUnavailable
 from gateway.credits.journal import Journal
 from gateway.credits.operator import Operator
 from gateway.credits.reaper import reap
@@ -30,11 +32,15 @@ from gateway.http.proxy import Proxy
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.client import UpstreamClient, UpstreamError
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 
 #: On shutdown: how long requests in flight may go on, then how long their settlements may take.
 DRAIN_S = 25.0
 SETTLE_S = 5.0
+#: How long the start waits for a store that was lost again.
+START_WAIT_S = 10.0
 FIRST_ACCOUNT = "default"
 _BORROW_TRIES, _BORROW_PAUSE_S = 20, 0.1
 
@@ -75,9 +81,10 @@ async def serve(config: GatewayConfig, read: Callable[[], GatewayConfig]) -> Non
         if left := await engine.replay():
             log.warning("telling the store of %d settlements that another gateway left in its journal", left)
         operator = Operator(store, config.plans, config.default_plan)
-        secret = await _first_key(config, operator)
+        secret = await _first_key(config, store, operator)
         if config.store.embedded:
-            await stack.enter_async_context(_running(_abandon_orphans(operator, await operator.now_ms())))
+            started_ms = await _patiently(store, operator.now_ms)
+            await stack.enter_async_context(_running(_abandon_orphans(operator, started_ms)))
         demo = _Demo(stack)
         client = UpstreamClient()
         stack.push_async_callback(client.close)
@@ -320,13 +327,32 @@ def _running_check(stop: asyncio.Event) -> Check:
     return check
 
 
-async def _first_key(config: GatewayConfig, operator: Operator) -> str | None:
+async def _first_key(config: GatewayConfig, store: Store, operator: Operator) -> str | None:
     """On the first start of an empty embedded store: an account with a key, so that there is something to try."""
-    if not config.store.embedded or await operator.accounts():
+    if not config.store.embedded:
         return None
-    await operator.create_account(FIRST_ACCOUNT)
-    _, secret = await operator.create_key(FIRST_ACCOUNT, "first")
+    existing = await _patiently(store, operator.accounts)
+    if existing:
+        return None
+    secret = new_secret()
+    # One that exists now was made by a try whose reply was lost.
+    with suppress(Rejected):
+        await _patiently(store, lambda: operator.create_account(FIRST_ACCOUNT))
+    with suppress(Rejected):
+        await _patiently(store, lambda: operator.create_key(FIRST_ACCOUNT, "first", secret))
     return secret
+
+
+async def _patiently(store: Store, attempt: Callable[[], Awaitable[T]]) -> T:
+    """Until the store has answered, or for START_WAIT_S: a busy machine must not keep the gateway from starting.
+    Raises StoreError."""
+    deadline = time.monotonic() + START_WAIT_S
+    while True:
+        try:
+            return await attempt()
+        except StoreUnavailable:
+            if time.monotonic() >= deadline or not await store.wait_connected(START_WAIT_S):
+                raise
 
 
 def _reachable(address: Address) -> Address:

@@ -130,7 +130,7 @@ class Operator:
         self, account: str, name: str = "", secret: str | None = None, source: KeySource = "api"
     ) -> tuple[ApiKey, str]:
         """Make a key, of a new secret or of one given; the key and its secret. Raises UnknownAccount, ValueError
-        for an unusable name or secret, EngineError for a secret that another key has."""
+        for an unusable name or secret, Rejected for a secret that another key has."""
         check_account_name(account)
         secret = check_secret(secret) if secret is not None else new_secret()
         name = check_key_name(name) if name else ""
@@ -143,10 +143,10 @@ class Operator:
         if not await self._store.call(
             "HSETNX", account_key(account), f"k:{digest.id}", f"{created_ms}|{name}|{source}"
         ):
-            raise EngineError(f"account {account!r} has a key with this secret already")
+            raise Rejected(f"account {account!r} has a key with this secret already")
         if not await self._store.call("HSETNX", index, digest.id, f"{account}|{digest.hex}|{source}"):
             await self._store.call("HDEL", account_key(account), f"k:{digest.id}")
-            raise EngineError("another account has a key with this secret already")
+            raise Rejected("another account has a key with this secret already")
         return ApiKey(f"key_{digest.id}", name, created_ms, source), secret
 
     async def keys(self, account: str) -> list[ApiKey]:

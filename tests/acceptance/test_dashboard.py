@@ -75,6 +75,8 @@ def drive(metrics: Metrics) -> None:
     for phase in ("authenticate", "quote", "reserve", "forward", "settle"):
         metrics.overhead(phase, 0.0004)
     metrics.store_call("reserve", 0.0002)
+    metrics.stream_truncated("standard")
+    metrics.ledger_archived(3)
     metrics.request_finished("chat", "llama", "ionet", 1.5, 200, 20, 0.3)
 
 
@@ -84,6 +86,10 @@ def trouble(metrics: Metrics) -> None:
     metrics.decided("denied", STORE_UNAVAILABLE, "other")
     metrics.written_off(1_000_000)
     metrics.overhead("reserve", 0.9)
+    metrics.lease_expired()
+    metrics.journal_failed()
+    metrics.watch_journal_pending(lambda: 2)
+    metrics.ledger_archive_failed()
     metrics.config_reloaded(False)
 
 

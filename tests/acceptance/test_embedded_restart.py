@@ -38,7 +38,7 @@ LEASE = timedelta(seconds=59)
 @pytest.fixture
 def config(upstream: HeldUpstream) -> dict[str, Any]:
     config = gateway_config(upstream.base_url, [MODEL])
-    config["store"] = {"timeout": "500ms"}
+    config["store"] = {"timeout": "1500ms"}
     return config
 
 

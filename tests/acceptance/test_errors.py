@@ -423,7 +423,7 @@ async def test_a_refresh_within_a_minute_is_worth_waiting_for(bench: Bench, befo
 async def test_while_the_store_is_down_nothing_is_admitted(tmp_path: Path) -> None:
     async with FaultyUpstream() as upstream, aiohttp.ClientSession() as session:
         with valkey_server() as store:
-            config = gateway_config(upstream.base_url, ["ok"]) | {"store": {"url": store.url, "timeout": "500ms"}}
+            config = gateway_config(upstream.base_url, ["ok"]) | {"store": {"url": store.url, "timeout": "1500ms"}}
             with running_gateway(config, data_dir=tmp_path / "data") as gateway:
                 key = new_account(gateway, "someone", "standard")
                 bench = Bench(gateway, upstream, session, MovableClock(tmp_path / "clock"), {"default": key})
