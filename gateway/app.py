@@ -80,6 +80,7 @@ async def serve(config: GatewayConfig, read: Callable[[], GatewayConfig]) -> Non
         await stack.enter_async_context(_running(engine.keep_leases()))
         if left := await engine.replay():
             log.warning("telling the store of %d settlements that another gateway left in its journal", left)
+        await stack.enter_async_context(_running(engine.adopt_journals()))
         operator = Operator(store, config.plans, config.default_plan)
         secret = await _first_key(config, store, operator)
         if config.store.embedded:
@@ -281,7 +282,10 @@ async def _running(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
 
 async def _settle_all(engine: CreditEngine) -> None:
     if left := await engine.close(SETTLE_S):
-        log.error("%d settlements did not reach the store in time; their reservations' leases end them", left)
+        log.error(
+            "%d settlements did not reach the store in time; the next gateway here reads them in the journal",
+            left,
+        )
 
 
 async def _listen(stack: AsyncExitStack, runner: web.BaseRunner, address: Address, setting: str) -> Address:

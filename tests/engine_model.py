@@ -351,7 +351,8 @@ class EngineModel:
         """End without its maker's word on the cost."""
         account = self._account(name)
         hold = self._hold(name, reservation)
-        if hold.state != "open":
+        late = verb == "void" and hold.state == "expired"
+        if hold.state != "open" and not late:
             return _settlement(reservation, hold, True)
         if verb == "expire" and self._time(account) < hold.due_ms:
             return None
@@ -361,10 +362,12 @@ class EngineModel:
         elif verb != "void" and hold.on_lost == "charge_hold":
             cost = Cost(hold.covered, _at_rate(hold.covered, hold.rate_ppm))
         postings: Postings = Counter()
+        if late:
+            self._uncharge(account, hold, postings)
         self._charge(account, hold, cost, "voided" if verb == "void" else "expired", postings)
         self._remember_time(account)
         if any(postings.values()):
-            kind = "expire" if cost.payg_nano else "lapse"
+            kind = "void" if late else "expire" if cost.payg_nano else "lapse"
             self._enter(account, kind, reservation, postings, model="model", key=hold.key, note=hold.seen_note)
         return _settlement(reservation, hold, False)
 

@@ -40,7 +40,8 @@ _IDENTITIES = 10_000
 _RETRY_FIRST_S, _RETRY_MOST_S = 0.05, 5.0
 _REPLY_LOST_WAIT_S = 1.0
 _DUE_AT_ONCE = 200
-# A replica that takes over may lack the last moments: what was settled in them is said again.
+_ADOPT_S = 30.0
+# A replica that takes over may lack the last moments: what ended in them is said again.
 _FAILOVER_S = 60.0
 _MOST_RECENT = 20_000
 
@@ -345,7 +346,10 @@ class CreditEngine:
     async def _end_once(self, entry: JournalEntry, *, again: bool = False) -> Settlement | None:
         """Say it to the store. again: it was said, and counted, before."""
         if entry.verb == "void":
-            return await scripts.release(self._store, entry.account, entry.reservation, "void")
+            released = await scripts.release(self._store, entry.account, entry.reservation, "void")
+            if not again:
+                self._remember_end(entry)
+            return released
         configured = self._plans.get(entry.plan, Plan(entry.plan))
         settlement = await scripts.settle(
             self._store,
@@ -388,12 +392,21 @@ class CreditEngine:
             self._in_background(self._until_done(entry))
         return len(entries)
 
+    async def adopt_journals(self) -> None:
+        """Replay what other processes leave behind in the journal's directory, for ever."""
+        while True:
+            await asyncio.sleep(_ADOPT_S)
+            try:
+                await self.replay()
+            except JournalError as error:
+                log.error("the journals of other processes cannot be read: %s", error)
+
     def _say_again(self) -> None:
-        """Another primary answers, which may not have heard of the last settlements: their ids make that harmless."""
+        """Another primary answers, which may not have heard of what ended last: their ids make that harmless."""
         since = time.monotonic() - _FAILOVER_S
         again = [entry for at, entry in self._recent if at >= since]
         if again:
-            log.warning("another primary answers: saying the last %d settlements again", len(again))
+            log.warning("another primary answers: telling it again of the last %d reservations that ended", len(again))
             self._in_background(self._all_until_done(again))
 
     async def _all_until_done(self, entries: list[JournalEntry]) -> None:
@@ -479,6 +492,7 @@ class CreditEngine:
         if settlement is None or settlement.repeated:
             return False
         self._metrics.lease_expired()
+        self._count_settlement(JournalEntry("void", account, reservation), settlement)
         log.warning(
             "the lease of %s (account %s) ran out; %d nano-credits were charged",
             reservation,

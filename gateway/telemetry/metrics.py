@@ -21,7 +21,7 @@ STORE_UNAVAILABLE = "quota_store_unavailable"
 
 Decision = Literal["admitted", "denied"]
 PaidFrom = Literal["allowance", "payg"]
-Cause = Literal["settled", "voided", "expired"]
+Cause = Literal["settled", "voided"]
 Phase = Literal["authenticate", "quote", "reserve", "forward", "settle"]
 Operation = Literal["chat", "text_completion", "embeddings"]
 
@@ -113,7 +113,7 @@ class Metrics:
         self._released = _Children(
             Counter(
                 "quota_gateway_released_credits",
-                "Credits held and given back, by how the reservation ended: settled, voided or expired. Unit: credits.",
+                "Credits held and given back, by how the reservation ended: settled or voided. Unit: credits.",
                 ("cause",),
                 registry=registry,
             )

@@ -8,7 +8,7 @@ Returns {'settled' | 'voided' | 'refunded' | 'expired', id, from allowance, from
         {'open', lease's end (ms)}: expire came too early
         {'unknown_account'} | {'unknown_reservation'}
 
-A voided one costs nothing and is over. An expired one is charged as its plan says (on_lost): what it was seen to cost,
+A voided one costs nothing and is over; if it had expired, what that charged is given back. An expired one is charged as its plan says (on_lost): what it was seen to cost,
 its whole hold, or nothing; it keeps its record, so that a late settlement still lands once. What an earlier window's
 hold leaves lapses. The window is not rolled: nothing here needs it. ]]
 --#include number window ledger account plan reservation charge
@@ -24,7 +24,8 @@ if not record or record.account ~= name then return {'unknown_reservation'} end
 local now = account_ms(account)
 
 -- Check
-if record.state ~= 'open' then return ended_reply(id, record.state, record, true) end
+local late = verb == 'void' and record.state == 'expired'
+if record.state ~= 'open' and not late then return ended_reply(id, record.state, record, true) end
 if verb == 'expire' and now < record.expires then return {'open', digits(record.expires)} end
 local cost, cost_at_rate = 0, 0
 if verb ~= 'void' and record.on_lost == 'charge_seen' then
@@ -35,9 +36,10 @@ end
 
 -- Write
 local postings = {}
+if late then uncharge(account, record, postings) end
 local charged = charge(account, record, cost, cost_at_rate, postings)
 if postings_text(postings) ~= '' then
-  add_entry(account, cost > 0 and 'expire' or 'lapse', id, postings,
+  add_entry(account, late and 'void' or cost > 0 and 'expire' or 'lapse', id, postings,
     {'model', record.model, 'key', record.key, 'note', record.seen_note})
 end
 remember_time(account, now)
