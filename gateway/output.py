@@ -252,6 +252,7 @@ def audit_answer(audit: Audit) -> Answer:
     """What ``ledger verify`` found; not ok if anything does not agree."""
     ok = not audit.mismatches
     lines = [str(one) for one in audit.mismatches]
+    lines += [f"account {name}: {what}; kept in the archive's table ledger_conflicts" for name, what in audit.lost]
     lines += [f"account {name}: its holds were not checked: it changes too fast" for name in audit.unchecked]
     counted = f"{audit.entries} entries of {audit.accounts} accounts"
     lines.append(f"ok: {counted} agree" if ok else f"{len(audit.mismatches)} mismatches in {counted}")
@@ -266,6 +267,7 @@ def audit_answer(audit: Audit) -> Answer:
             "entries": audit.entries,
             "mismatches": mismatches,
             "unchecked": audit.unchecked,
+            "lost": [{"account": name, "what": what} for name, what in audit.lost],
         },
         "\n".join(lines),
         ok,

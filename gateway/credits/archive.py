@@ -4,8 +4,9 @@ Everything here that touches a database runs in one thread of the archive's own:
 not hold up the gateway's event loop, and a connection has one user at a time.
 
 ledger_entries     one row per entry, the columns of ``ledger.Entry``; mappings as JSON text
-ledger_conflicts   entries that could not go there: not readable, or another entry has their place. Never empty them
-                   unread: each is a movement of credits that the ledger does not agree about
+ledger_conflicts   entries that are not there: not readable, or another entry has their place. Never empty them
+                   unread: each is a movement of credits that the ledger does not agree about, or that the store has
+                   lost: a replica that became the primary without it has given its number to another
 archive_meta       id: which archive this is, for ever; version: of these tables
 """
 
@@ -54,6 +55,9 @@ _NAMES = tuple(column.name for column in fields(Entry))
 _COLUMNS = ", ".join(_NAMES)
 _INSERT = f"INSERT INTO ledger_entries ({_COLUMNS}) VALUES ({', '.join('?' * len(_NAMES))}) ON CONFLICT DO NOTHING"  # noqa: S608
 _SELECT = f"SELECT {_COLUMNS} FROM ledger_entries"  # noqa: S608
+
+#: The reason of a conflict that a failover explains.
+_LOST = "lost by the store in a failover: "
 
 T = TypeVar("T")
 
@@ -266,10 +270,18 @@ class Archive:
         return await self._run(lambda connection: _last_sequences(connection, account) if connection else {})
 
     async def conflicts(self, account: str | None = None) -> list[tuple[str, str]]:
-        """The (account, reason) of what ledger_conflicts holds, of one account or all; the first 100."""
-        where = "" if account is None else "WHERE account = ? "
-        statement = f"SELECT account, reason FROM ledger_conflicts {where}ORDER BY shard, stream_id LIMIT ?"  # noqa: S608
-        values = (*(() if account is None else (account,)), _MOST_CONFLICTS_SHOWN)
+        """The (account, reason) of what ledger_conflicts holds that nothing explains, of one account or all; the first
+        100."""
+        return await self._reasons(account, "NOT LIKE")
+
+    async def lost(self, account: str | None = None) -> list[tuple[str, str]]:
+        """The same of entries that the store lost in a failover and whose numbers it gave to others."""
+        return await self._reasons(account, "LIKE")
+
+    async def _reasons(self, account: str | None, like: str) -> list[tuple[str, str]]:
+        where = f"WHERE reason {like} ?" + ("" if account is None else " AND account = ?")
+        statement = f"SELECT account, reason FROM ledger_conflicts {where} ORDER BY shard, stream_id LIMIT ?"  # noqa: S608
+        values = (f"{_LOST}%", *(() if account is None else (account,)), _MOST_CONFLICTS_SHOWN)
         return await self._run(
             lambda connection: (
                 [(row[0], row[1]) for row in connection.execute(statement, *values).fetchall()] if connection else []
@@ -331,7 +343,12 @@ def _append(connection: _Connection, entries: Sequence[Entry], broken: Sequence[
     conflicts = [(one.shard, one.stream_id, one.account, str(one), one.content) for one in broken]
     if new != len(entries):
         for entry in entries:
-            if reason := _refusal(connection, entry):
+            if lost := _without_place(connection, entry):
+                conflicts.append(
+                    (lost.shard, lost.stream_id, lost.account, _LOST + _name(lost), json.dumps(_row(lost)))
+                )
+                new += connection.insert_many(_INSERT, [_row(entry)])
+            elif reason := _refusal(connection, entry):
                 conflicts.append((entry.shard, entry.stream_id, entry.account, reason, json.dumps(_row(entry))))
     for shard, stream_id, account, reason, content in conflicts:
         recorded = connection.execute(
@@ -345,13 +362,30 @@ def _append(connection: _Connection, entries: Sequence[Entry], broken: Sequence[
     return new
 
 
+def _name(entry: Entry) -> str:
+    return f"ledger entry {entry.sequence} of account {entry.account} (stream {entry.shard:02x}, {entry.stream_id})"
+
+
+def _place(entry: Entry) -> tuple[int, ...]:
+    return tuple(map(int, entry.stream_id.split("-")))
+
+
+def _without_place(connection: _Connection, entry: Entry) -> Entry | None:
+    """Take away the entry that has a later one's number, if one has: the store is right about what it has now."""
+    row = connection.execute(f"{_SELECT} WHERE account = ? AND sequence = ?", entry.account, entry.sequence).fetchone()
+    # Not the other way round, for an archiver that read its entry just before the failover.
+    if row is None or _place(found := _entry(row)) >= _place(entry):
+        return None
+    connection.execute("DELETE FROM ledger_entries WHERE account = ? AND sequence = ?", entry.account, entry.sequence)
+    return found
+
+
 def _refusal(connection: _Connection, entry: Entry) -> str | None:
     """Why an entry did not go in; None if it is there."""
-    name = f"ledger entry {entry.sequence} of account {entry.account} (stream {entry.shard:02x}, {entry.stream_id})"
     row = connection.execute(f"{_SELECT} WHERE shard = ? AND stream_id = ?", entry.shard, entry.stream_id).fetchone()
-    if row is None:
-        return f"{name} is not the one that the archive has under this number"
-    return None if _entry(row) == entry else f"{name} is not the one that the archive has from this place of the stream"
+    if row is not None and _entry(row) == entry:
+        return None
+    return f"{_name(entry)} is not the one that the archive has from this place of the stream"
 
 
 def _last_sequences(connection: _Connection, account: str | None) -> dict[str, int]:

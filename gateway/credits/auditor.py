@@ -37,12 +37,14 @@ class Span:
 
 @dataclass(slots=True)
 class Audit:
-    """What ``verify`` found. unchecked: accounts whose holds changed too fast to be compared; all else of them was."""
+    """What ``verify`` found. unchecked: accounts whose holds changed too fast to be compared; all else of them was.
+    lost: (account, what) of archived entries that the store lost in a failover; what it has since is what counts."""
 
     accounts: int = 0
     entries: int = 0
     mismatches: list[Mismatch] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
+    lost: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +190,7 @@ class Auditor:
             raise UnknownAccount(account)
         for name, reason in await self._archive.conflicts(account):
             audit.mismatches.append(Mismatch(name, "entries that conflict", "none", reason))
+        audit.lost = await self._archive.lost(account)
         return audit
 
     async def _verify_shard(self, shard: int, names: list[str], archived: Mapping[str, int], audit: Audit) -> None:

@@ -276,7 +276,7 @@ async def test_another_archive_is_refused(
     assert len(await archived(archive, "alice")) == 6
 
 
-async def test_a_second_entry_of_the_same_number_is_kept_and_told(
+async def test_an_entry_that_the_store_lost_gives_way_and_is_kept_and_told(
     url: str, store: Store, archive: Archive, archiver: Archiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     await write(store, "alice", 1, 2)
@@ -287,15 +287,16 @@ async def test_a_second_entry_of_the_same_number_is_kept_and_told(
 
     await sweep_all(archiver)
 
-    assert [one.id for one in await archived(archive, "alice")] == ["op-1", "op-2", "op-3"]
-    [(account, reason)] = await archive.conflicts("alice")
+    assert [one.id for one in await archived(archive, "alice")] == ["op-1", "another", "op-3"]
+    assert not await archive.conflicts()
+    [(account, reason)] = await archive.lost("alice")
     assert account == "alice"
-    assert reason.startswith("ledger entry 2 of account alice (stream ")
+    assert reason.startswith("lost by the store in a failover: ledger entry 2 of account alice (stream ")
     assert [record.levelname for record in caplog.records if reason in record.getMessage()] == ["ERROR"]
     [(content,)] = sql(url, "SELECT content FROM ledger_conflicts")
-    assert "another" in content
+    assert "op-2" in content
     assert await left_in_store(store, "alice") == 0
-    assert not await archive.conflicts("bob")
+    assert not await archive.lost("bob")
 
 
 async def test_an_entry_that_cannot_be_read_is_kept_whole(
