@@ -441,6 +441,12 @@ class ValkeySentinels:
         """The port of the primary, as the first sentinel sees it."""
         return int(self._ask(self.sentinel_ports[0], "GET-MASTER-ADDR-BY-NAME")[1])
 
+    @property
+    def replica(self) -> int:
+        """The port of the other one."""
+        (port,) = self._nodes.keys() - {self.primary}
+        return port
+
     def kill_primary(self) -> int:
         """Kill the primary; the port that it had."""
         port = self.primary

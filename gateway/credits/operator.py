@@ -1,11 +1,12 @@
 """What an operator does with accounts, keys and credits: the verbs of the command line."""
 
 import json
+import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from gateway.credits import scripts
 from gateway.credits.api_keys import check_key_name, check_secret, digest_of, new_secret
@@ -24,6 +25,10 @@ from gateway.credits.store import Store
 from gateway.domain.decision import Funds, Settlement
 from gateway.domain.names import check_account_name, check_operation_id, check_reason
 from gateway.domain.plan import Plan
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: What a key is for: the ledger keeps it with every charge.
 KeySource = Literal["api", "chat"]
@@ -91,9 +96,7 @@ class Operator:
         check_account_name(account)
         target = self._plan(plan)
         operation = check_operation_id(operation or _new_operation())
-        return await repeat_if_lost(
-            self._store, lambda: scripts.set_plan(self._store, account, operation, version, target)
-        )
+        return await self._durably(account, lambda: scripts.set_plan(self._store, account, operation, version, target))
 
     async def credit(
         self,
@@ -110,8 +113,8 @@ class Operator:
         operation = check_operation_id(operation or _new_operation())
         if amount_nano < 1:
             raise Rejected("the amount must be more than 0")
-        return await repeat_if_lost(
-            self._store, lambda: scripts.credit(self._store, account, operation, kind, amount_nano, _note(reason))
+        return await self._durably(
+            account, lambda: scripts.credit(self._store, account, operation, kind, amount_nano, _note(reason))
         )
 
     async def refund_request(
@@ -122,9 +125,19 @@ class Operator:
         check_account_name(account)
         check_reason(reason)
         operation = check_operation_id(operation or _new_operation())
-        return await repeat_if_lost(
-            self._store, lambda: scripts.refund(self._store, account, operation, reservation, _note(reason))
+        return await self._durably(
+            account, lambda: scripts.refund(self._store, account, operation, reservation, _note(reason))
         )
+
+    async def _durably(self, account: str, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Once, and on a replica too where there is one: nobody says an operation again by himself after a failover."""
+        outcome = await repeat_if_lost(self._store, attempt)
+        if not await self._store.replicated(account_key(account)):
+            log.warning(
+                "it is done, but no replica has it yet: should the primary be lost now, say it again with the same "
+                "operation id"
+            )
+        return outcome
 
     async def create_key(
         self, account: str, name: str = "", secret: str | None = None, source: KeySource = "api"

@@ -71,6 +71,7 @@ class Store:
         self.on_failover: Callable[[], None] | None = None
         self._allow_unsafe = allow_unsafe
         self._metrics = metrics
+        self._timeout_ms = timeout_ms
         self._scripts = {script.name: script for script in scripts or map(load_script, SCRIPTS)}
         texts = [script.text for script in self._scripts.values()]
         self._topology = _topology(url, timeout_ms, texts, self._failed_over)
@@ -118,6 +119,17 @@ class Store:
                 if cursor == b"0":
                     break
         return list(found)
+
+    async def replicated(self, key: str) -> bool:
+        """Whether a replica has by now what was written to the key's primary from here: waits for half the timeout.
+        True where the primary has no replica. Raises StoreUnavailable."""
+        try:
+            told = await self._topology.send(key, ("INFO", "replication"))
+            if b"connected_slaves:0\r" in told:
+                return True
+            return int(await self._topology.send(key, ("WAIT", 1, self._timeout_ms // 2))) > 0
+        except StoreRefused:  # managed stores forbid INFO or WAIT, and see to replication themselves
+            return True
 
     async def wait_connected(self, timeout_s: float) -> bool:
         """Whether every primary has a connection within timeout_s."""

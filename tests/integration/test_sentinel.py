@@ -8,8 +8,10 @@ from contextlib import asynccontextmanager
 import pytest
 
 from gateway.credits.errors import StoreError, StoreRefused, StoreUnsuitable
+from gateway.credits.operator import Operator
 from gateway.credits.store import Store
 from gateway.telemetry.metrics import Metrics
+from tests.conftest import PLANS
 from tests.exactly_once import ADD, Adds, accounts_in, add
 from tests.servers import ValkeySentinels, free_port, valkey_sentinels
 
@@ -52,6 +54,27 @@ async def test_the_primary_is_killed_under_load(sentinels: ValkeySentinels, metr
         await adds.check_each_happened_once()
         assert adds.unavailable > 0
         assert len(failovers) == 1
+
+
+async def test_a_grant_that_no_replica_has_yet_says_so(
+    sentinels: ValkeySentinels, metrics: Metrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(sentinels.url, 2000, metrics)
+    await store.start()
+    operator = Operator(store, PLANS, "standard")
+    try:
+        await operator.create_account(ACCOUNT)
+        await operator.credit(ACCOUNT, 5, "grant")
+        assert "no replica" not in caplog.text
+        replica = sentinels.node(sentinels.replica)
+        replica.pause()
+        try:
+            assert await operator.credit(ACCOUNT, 7, "grant") == (12, False)
+        finally:
+            replica.resume()
+        assert "no replica has it yet" in caplog.text
+    finally:
+        await store.close()
 
 
 async def test_an_orderly_change_of_primary(sentinels: ValkeySentinels, metrics: Metrics) -> None:
