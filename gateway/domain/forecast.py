@@ -24,7 +24,7 @@ class OutputForecast:
         self._expected: dict[str, int] = {}
 
     def add(self, model: str, tokens: int) -> None:
-        """Learn from an answer of this model that came to its end."""
+        """Learn from an answer of this model that came to its end, or to the end of the credits: long ones do."""
         self._lengths.setdefault(model, deque(maxlen=_SAMPLES)).append(tokens)
         self._expected.pop(model, None)
 

@@ -296,7 +296,7 @@ class Proxy:
             if failure is not None:
                 return await self._break_off(exchange, response, failure)
             if not events.failed and not exchange.ended:
-                self._forecast.add(quote.model.name, -(-events.counted // quote.bound.answers))
+                self._learn(quote, events)
                 await self._settle(exchange, quote.model, events.tokens(complete=True))
             if not response.prepared:
                 await response.prepare(request)
@@ -324,6 +324,7 @@ class Proxy:
             log.warning("%s: the upstream's stream broke: %s", exchange.id, error)
             return _upstream_failure(error)
         except CreditsEnded:
+            self._learn(quote, events)
             await self._stop(exchange, quote, events, answer)
             self._reports.truncated(exchange)
             assert exchange.reservation is not None
@@ -339,6 +340,9 @@ class Proxy:
             return None
         log.warning("%s: the upstream's stream ended without [DONE]", exchange.id)
         return errors.upstream_unavailable()
+
+    def _learn(self, quote: Quote, events: EventStream) -> None:
+        self._forecast.add(quote.model.name, -(-events.counted // quote.bound.answers))
 
     async def _flow(
         self,

@@ -13,8 +13,8 @@ from tests.upstreams.process import server_process
 
 MODEL, NAME = "talk", "alice"
 STREAMS = 16
-#: For as many average answers; were their limits held instead, only seven could run at once.
-BUDGET = budget_of(100)
+#: For as many average answers; were their limits held instead, only four could run at once.
+BUDGET = budget_of(60)
 WINDOW = "86400000"
 
 
@@ -23,7 +23,10 @@ async def test_streams_use_up_an_account_and_never_more(
 ) -> None:
     plans = {"day": {"default": True, "allowance": {"per_window": f"{BUDGET:f}", "refresh": "24h"}, "payg": False}}
     with valkey_server(clock=clock) as store, server_process("tests.benchmarks.overspend_upstream") as upstream:
-        config = gateway_config(upstream.base_url, [MODEL], plans=plans) | {"store": {"url": store.url}}
+        config = gateway_config(upstream.base_url, [MODEL], plans=plans) | {
+            "store": {"url": store.url},
+            "archive": {"url": f"sqlite://{tmp_path}/ledger.sqlite3"},
+        }
         with (
             running_gateway(config, data_dir=tmp_path / "one", clock=clock) as one,
             running_gateway(config, data_dir=tmp_path / "two", clock=clock) as two,
@@ -31,12 +34,14 @@ async def test_streams_use_up_an_account_and_never_more(
             account = Account(NAME, new_account(one, NAME, "day"), "test")
             spent = await spend(session, account, [one.base_url, two.base_url], MODEL, STREAMS)
             truth = await truth_of(session, upstream.base_url, NAME)
-            assert truth <= BUDGET
+            assert spent.delivered <= BUDGET
+            # Only of a stream that was cut has the upstream written what nobody was handed: until it heard of it.
+            assert truth <= BUDGET or spent.cut
             assert spent.delivered >= Decimal("0.97") * BUDGET
             assert spent.peak == STREAMS
 
             funds = funds_of(one, NAME)
-            assert (funds.granted, funds.used, funds.held) == (BUDGET, spent.charged, 0)
+            assert (funds.granted, funds.used, funds.held) == (BUDGET, spent.charged, Decimal(0))
             entries = one.cli("ledger", "tail", NAME, "-n", "1000")["data"]
             charges = [Decimal(entry["postings"][f"used:{WINDOW}"]) for entry in entries if entry["kind"] == "settle"]
             assert len(charges) == spent.requests

@@ -1,4 +1,4 @@
-"""Many streams at once on a small account: ``python -m tests.benchmarks.overspend [--streams 1,8,32,128] [--out FILE]``.
+"""Many streams at once on a small account: ``python -m tests.benchmarks.overspend [--streams N,…] [--out FILE]``.
 
 Three gateway processes on one Valkey store stand before an upstream that counts every token that it writes. So many
 clients stream over all three until the account has nothing left; then what the upstream counted is compared with the
@@ -92,10 +92,12 @@ def running_servers(model_names: Sequence[str], budget: Decimal) -> Iterator[Ser
                 "payg": False,
             }
         }
-        config = gateway_config(upstream_url, model_names, plans=plans) | {"store": {"url": store.url}}
+        config = gateway_config(upstream_url, model_names, plans=plans) | {
+            "store": {"url": store.url},
+            "archive": {"url": f"sqlite://{directory}/ledger.sqlite3"},
+        }
         gateways = [
-            stack.enter_context(running_gateway(config, data_dir=directory / str(number)))
-            for number in range(GATEWAYS)
+            stack.enter_context(running_gateway(config, data_dir=directory / str(number))) for number in range(GATEWAYS)
         ]
         socket = store.url.removeprefix("unix://")
         base_urls = {

@@ -31,6 +31,7 @@ _PROMPT_WORD = "word "
 #: One token of an answer, and how it stands in an event.
 WORD = " w"
 _SAID = re.compile(rb'"content": ?" w"')
+_CHARGED = re.compile(rb'"credits": ?\{"cost": ?"([0-9.]+)"')
 
 #: A client would wait for the Retry-After of a second; shortened so that a run takes seconds.
 RETRY_S = 0.2
@@ -88,11 +89,13 @@ class Account:
 class Spent:
     """What an account's streams saw until nothing was left.
 
-    delivered: the true cost of what they were handed. cut: streams that ended before their natural length although the
-    upstream would have gone on; limited: those that the upstream ended at a limit below the client's own.
+    delivered: the true cost of what they were handed. charged: the sum of the costs that the gateway told them. cut:
+    streams that ended before their natural length although the upstream would have gone on; limited: those that the
+    upstream ended at a limit below the client's own. peak: the most streams at once.
     """
 
     delivered: Decimal = Decimal(0)
+    charged: Decimal = Decimal(0)
     requests: int = 0
     refused: int = 0
     cut: int = 0
@@ -146,6 +149,8 @@ async def _listen(answer: aiohttp.ClientResponse, request: Request, spent: Spent
     spent.requests += 1
     said = len(_SAID.findall(body))
     spent.delivered += cost_of(request.prompt_tokens, said)
+    if charged := _CHARGED.search(body):
+        spent.charged += Decimal(charged[1].decode())
     if b'"error"' in body or not body.endswith(b"data: [DONE]\n\n"):
         raise RuntimeError(f"{request}: the stream broke: {body[-400:]!r}")
     if said < request.natural_tokens:

@@ -40,7 +40,6 @@ local function use_part(account, record, part, used, sign, postings)
 end
 
 local function use_now(account, nano, charged, postings)
-  if nano == 0 then return end
   local part = {amount = nano, spans = {}}
   for i, window in ipairs(account.windows) do
     part.spans[i] = {refresh = window.refresh, epoch = window.epoch}

@@ -23,7 +23,6 @@ end
 
 -- floor(nano * 1e6 / ppm), at most limit: the list-price cost that nano of allowance pays at rate ppm.
 local function covered_by(nano, ppm, limit)
-  if nano >= at_rate(limit, ppm) then return limit end
   local high = math.floor(nano / ppm)
   return math.min(limit, high * PPM + math.floor((nano - high * ppm) * PPM / ppm))
 end
