@@ -212,12 +212,16 @@ class Bench:
         name = "quota_gateway_streams_truncated_total"
         return sum(sample.value for family in families for sample in family.samples if sample.name == name)
 
-    def log_of(self, answer: Answer) -> dict[str, Any]:
-        """The log line of an answered request."""
-        lines = map(json.loads, self.gateway.stderr.splitlines())
-        request_id = answer.headers["x-request-id"]
-        (line,) = [line for line in lines if line.get("request_id") == request_id]
-        return dict(line)
+    async def log_of(self, answer: Answer) -> dict[str, Any]:
+        """The log line of an answered request, which is written after its last byte."""
+        async with asyncio.timeout(10):
+            while True:
+                ended = self.gateway.stderr.rpartition("\n")[0]
+                lines = [json.loads(line) for line in ended.splitlines()]
+                for line in lines:
+                    if line.get("request_id") == answer.headers["x-request-id"]:
+                        return dict(line)
+                await asyncio.sleep(0.02)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -368,7 +372,7 @@ async def test_a_stream_longer_than_its_first_slice_goes_on_and_is_charged_exact
     cost = cost_of(PROMPT_TOKENS, 1500)
     assert Decimal(answer.events[-1]["usage"]["credits"]["cost"]) == cost
     assert await account.idle_balance() == PLENTY - cost
-    assert Decimal(bench.log_of(answer)["reserved"]) > hold_of(body, SLICE)
+    assert Decimal((await bench.log_of(answer))["reserved"]) > hold_of(body, SLICE)
 
 
 @pytest.mark.parametrize("model", [BY_BYTES, BY_USAGE])
@@ -474,7 +478,7 @@ async def test_the_log_says_why_it_ended(bench: Bench) -> None:
     answer = await account.ask(body)
     assert not any(event.get("usage") for event in answer.events)
     assert quota_of(answer)["resets_at"] is None
-    line = bench.log_of(answer)
+    line = await bench.log_of(answer)
     assert (line["status"], line["reason"]) == (200, "credits_exhausted")
     assert Decimal(line["cost"]) == cost_of(estimated_input(body), 300)
     bench.upstream.go("log-other")

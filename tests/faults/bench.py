@@ -161,7 +161,8 @@ class Books:
         return int(seen_nano), json.loads(note)["tokens"]["output"] if note else 0
 
     async def ended(self, customer: Customer) -> None:
-        """Return once nothing of the customer's is open. Raises TimeoutError after a minute."""
+        """Return once nothing of the customer's is open. Raises TimeoutError after a minute or two."""
+        assert await self.store.wait_connected(_WAIT_S)
         await until(lambda: self._nothing_open(customer))
 
     async def leases_over(self, *customers: Customer) -> None:
@@ -200,7 +201,7 @@ class Books:
         """The audit of the whole store, which must find nothing."""
         async with self._auditing() as auditor:
             audit = await auditor.verify()
-        assert audit.mismatches == []
+        assert audit.mismatches == [], "\n".join(map(str, audit.mismatches))
         assert audit.unchecked == []
         return audit
 

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
-from itertools import count
 
 import pytest
 
@@ -21,70 +20,18 @@ from gateway.credits.errors import (
     UnknownReservation,
 )
 from gateway.credits.journal import Journal
-from gateway.credits.keyspace import account_key, shard_keys, shard_of
+from gateway.credits.keyspace import account_key, shard_keys
 from gateway.credits.operator import Operator
 from gateway.credits.reaper import reap
-from gateway.credits.service import CreditEngine, Identity, Refused, Reservation
+from gateway.credits.service import LEASE_MS, CreditEngine, Identity, Refused, Reservation
 from gateway.credits.store import Store
 from gateway.domain.decision import Denied
 from gateway.domain.plan import DAY_MS
 from gateway.domain.price import FEMTO_PER_NANO
 from gateway.telemetry.metrics import Metrics
 from tests.conftest import PLANS, START_MS, TimedServer
+from tests.engine_calls import ACCOUNT, CREDIT, HOUR_MS, SHARD, denial, hold, ledger, new_identity, reserve
 from tests.servers import MovableClock, ValkeyServer, valkey_server
-
-HOUR_MS = 3_600_000
-LEASE_MS = 60_000
-CREDIT = 1_000_000_000
-ACCOUNT = "acme"
-SHARD = shard_of(ACCOUNT)
-
-_requests = count(1)
-
-
-async def reserve(
-    engine: CreditEngine, identity: Identity, nano: int, minimum: int | None = None, lease_ms: int = LEASE_MS
-) -> Reservation | Denied | Refused:
-    """Ask for nano-credits, all or (with minimum) part of them, under a new request id."""
-    least = nano if minimum is None else minimum
-    request = f"{next(_requests):024x}"
-    return await engine.reserve(identity, request, "model", nano * FEMTO_PER_NANO, least * FEMTO_PER_NANO, lease_ms)
-
-
-async def hold(
-    engine: CreditEngine, identity: Identity, nano: int, minimum: int | None = None, lease_ms: int = LEASE_MS
-) -> Reservation:
-    """A reservation that must be admitted."""
-    outcome = await reserve(engine, identity, nano, minimum, lease_ms)
-    assert isinstance(outcome, Reservation), outcome
-    return outcome
-
-
-async def denial(engine: CreditEngine, identity: Identity, nano: int, minimum: int | None = None) -> Denied:
-    """A reservation that must be refused for want of credits."""
-    outcome = await reserve(engine, identity, nano, minimum)
-    assert isinstance(outcome, Denied), outcome
-    return outcome
-
-
-async def new_identity(operator: Operator, engine: CreditEngine, account: str, plan: str) -> Identity:
-    """A new account on a plan, and a key of it."""
-    await operator.create_account(account, plan)
-    _, secret = await operator.create_key(account, "test")
-    identity = await engine.authenticate(secret)
-    assert identity is not None
-    return identity
-
-
-async def ledger(store: Store, account: str = ACCOUNT) -> list[dict[str, str]]:
-    """The account's ledger entries."""
-    found = []
-    for _, fields in await store.call("XRANGE", shard_keys(shard_of(account)).ledger, "-", "+"):
-        texts = [text.decode() for text in fields]
-        entry = dict(zip(texts[::2], texts[1::2], strict=True))
-        if entry["account"] == account:
-            found.append(entry)
-    return found
 
 
 @pytest.fixture
@@ -206,9 +153,7 @@ async def test_between_minimum_and_amount_whatever_is_free_is_held(
     assert (await operator.funds(ACCOUNT)).held_nano == 0
 
 
-async def test_an_account_without_prepaid_credits_in_its_plan_spends_none(
-    store: Store, engine: CreditEngine
-) -> None:
+async def test_an_account_without_prepaid_credits_in_its_plan_spends_none(store: Store, engine: CreditEngine) -> None:
     closed = {"closed": replace(PLANS["standard"], name="closed", payg=False)}
     operator = Operator(store, closed, "closed")
     engine.use(closed, "closed")

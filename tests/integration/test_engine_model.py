@@ -174,7 +174,7 @@ class EngineMachine(RuleBasedStateMachine):
             assert type(got) is type(wanted), (got, wanted)
             assert str(wanted) in str(got)
         else:
-            assert got == wanted, f"{got}\n{wanted}"
+            assert got == wanted, f"{got!r}\n{wanted!r}"
         self.check()
         return got
 
