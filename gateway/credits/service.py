@@ -75,7 +75,10 @@ class Seen:
 
 @dataclass(slots=True, eq=False)
 class Reservation:
-    """A live hold, with what was pinned when it was made. reserved: as it is now; ``extend`` renews it."""
+    """A live hold, with what was pinned when it was made. reserved: as it is now; ``extend`` renews it.
+
+    look: tells what the request has cost by now, for the renewals of its lease; None where that shows only at its end.
+    """
 
     account: str
     plan: Plan
@@ -84,6 +87,7 @@ class Reservation:
     created_ms: int
     reserved: Reserved
     seen: Seen = field(default_factory=Seen)
+    look: Callable[[], Seen] | None = None
     renewed_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -242,7 +246,8 @@ class CreditEngine:
 
         Raises StoreError: the hold may have grown, and is as it was as far as anybody here knows.
         """
-        self.note_seen(reservation, seen)
+        if seen.cost_femto >= reservation.seen.cost_femto:
+            reservation.seen = seen
         rate_ppm = reservation.plan.rate_ppm
         before = reservation.reserved
         wanted = _within_range(cost_of(target_femto, rate_ppm))
@@ -266,11 +271,6 @@ class CreditEngine:
             self._metrics.reserved(max(0, extended.held_nano - before.held_nano))
         return reservation
 
-    def note_seen(self, reservation: Reservation, seen: Seen) -> None:
-        """Remember what the request has cost so far, for the next renewal of its lease."""
-        if seen.cost_femto >= reservation.seen.cost_femto:
-            reservation.seen = seen
-
     async def keep_leases(self) -> None:
         """Renew the leases of this process's live reservations, for ever."""
         while True:
@@ -284,7 +284,7 @@ class CreditEngine:
                     log.error("a lease was not renewed", exc_info=outcome)
 
     async def _renew(self, reservation: Reservation) -> None:
-        await self.extend(reservation, 0, reservation.seen)
+        await self.extend(reservation, 0, reservation.look() if reservation.look else reservation.seen)
 
     def _terms_of(self, reservation: Reservation) -> Plan:
         """The plan's windows as they are configured now, at the reservation's own rate."""

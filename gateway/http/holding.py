@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -27,8 +26,6 @@ log = logging.getLogger(__name__)
 _PAUSE_FIRST_S, _PAUSE_MOST_S = 0.15, 1.0
 #: How long a stream that has used up its hold waits for a store that does not answer.
 STORE_WAIT_S = 10.0
-#: How often the engine is told what a stream costs so far, should this gateway be lost.
-_NOTE_S = 1.0
 
 
 class CreditsEnded(Exception):
@@ -105,16 +102,13 @@ class StreamHold:
         self._task: asyncio.Task[None] | None = None
         self._answered = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._note_at = time.monotonic() + _NOTE_S
+        self._reservation.look = self._seen  # whatever is lost with this gateway is charged as far as this says
         self.covered = self._covered_by(exchange.reservation.reserved.payg_nano)
 
     def follow(self) -> None:
         """Take note of what the stream has shown by now. Never waits."""
         self._wanted = max(self._wanted, self._events.wanted)
         self._extend_if_low()
-        if (now := time.monotonic()) >= self._note_at:
-            self._note_at = now + _NOTE_S
-            self._engine.note_seen(self._reservation, self._seen())
 
     async def more(self) -> None:
         """Wait until more is covered than now.
@@ -139,6 +133,7 @@ class StreamHold:
     def close(self) -> None:
         """Ask for nothing more."""
         self._ended = True
+        self._reservation.look = None
         if self._task is not None:
             self._task.cancel()
 

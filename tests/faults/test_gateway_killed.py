@@ -161,7 +161,6 @@ async def test_a_slow_stream_is_recorded_when_its_lease_is_renewed(
 
 
 @pytest.mark.long
-@pytest.mark.xfail(strict=True, reason="what came in a stream's first second is noted only when more comes")
 async def test_a_stream_that_pauses_is_recorded_when_its_lease_is_renewed(
     stage: Stage, books: Books, survivor: Gateway
 ) -> None:

@@ -46,9 +46,6 @@ class FakeEngine:
         reservation.reserved = replace(reservation.reserved, payg_nano=held)
         return reservation
 
-    def note_seen(self, reservation: Reservation, seen: Seen) -> None:
-        self.seen.append(seen)
-
 
 @dataclass
 class Stream:

@@ -8,9 +8,10 @@ Returns {'settled' | 'voided' | 'refunded' | 'expired', id, from allowance, from
         {'open', lease's end (ms)}: expire came too early
         {'unknown_account'} | {'unknown_reservation'}
 
-A voided one costs nothing and is over; if it had expired, what that charged is given back. An expired one is charged as its plan says (on_lost): what it was seen to cost,
-its whole hold, or nothing; it keeps its record, so that a late settlement still lands once. What an earlier window's
-hold leaves lapses. The window is not rolled: nothing here needs it. ]]
+A voided one costs nothing and is over; if it had expired, what that charged is given back. An expired one is charged as
+its plan says (on_lost): what it was seen to cost, its whole hold, or nothing; it keeps its record, so that a late
+settlement still lands once. What an earlier window's hold leaves lapses. The window is not rolled: nothing here needs
+it. ]]
 --#include number window ledger account plan reservation charge
 
 assert(#KEYS == 4 and #ARGV == 3, 'release takes 4 keys and 3 arguments')

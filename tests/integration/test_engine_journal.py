@@ -1,0 +1,253 @@
+"""What the engine owes the store while the store is away, forgets or goes back in time."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.credits.errors import StoreRefused, StoreUnavailable, UnknownReservation
+from gateway.credits.journal import Journal
+from gateway.credits.keyspace import money_keys, shard_keys
+from gateway.credits.operator import Operator
+from gateway.credits.service import CreditEngine, Identity, Seen
+from gateway.credits.store import Store
+from gateway.domain.plan import DAY_MS
+from gateway.domain.price import FEMTO_PER_NANO
+from gateway.telemetry.metrics import Metrics
+from tests.conftest import PLANS, TimedServer
+from tests.engine_calls import (
+    ACCOUNT,
+    CREDIT,
+    SHARD,
+    check_books,
+    extend,
+    hold,
+    last_entry,
+    ledger,
+    new_identity,
+    settle,
+    spend,
+)
+from tests.servers import MovableClock, ValkeyServer, valkey_server
+
+
+@pytest.fixture
+async def acme(operator: Operator, engine: CreditEngine) -> Identity:
+    """On the standard plan: 0.1 credits a day, then prepaid ones."""
+    return await new_identity(operator, engine, ACCOUNT, "standard")
+
+
+@pytest.fixture
+def own_server() -> Iterator[ValkeyServer]:
+    """A server that the test may kill, with every reply's write on disk."""
+    with valkey_server("--appendfsync", "always") as server:
+        yield server
+
+
+@pytest.fixture
+async def own_store(own_server: ValkeyServer, metrics: Metrics) -> AsyncIterator[Store]:
+    store = Store(own_server.url, 1_000, metrics)
+    await store.start()
+    yield store
+    await store.close()
+
+
+async def lose(store: Store, reservation: str) -> None:
+    """A failover to a replica that had not heard of the reservation, as far as its record goes."""
+    keys = shard_keys(SHARD)
+    await store.call("HDEL", keys.records, reservation)
+    await store.call("ZREM", keys.due, reservation)
+
+
+async def test_what_the_store_could_not_take_lands_after_a_restart_of_the_gateway(
+    own_server: ValkeyServer, own_store: Store, metrics: Metrics, tmp_path: Path
+) -> None:
+    directory = tmp_path / "restarted"
+    journal = Journal(directory)
+    await journal.open()
+    engine = CreditEngine(own_store, PLANS, "standard", metrics, journal)
+    operator = Operator(own_store, PLANS, "standard")
+    identity = await new_identity(operator, engine, ACCOUNT, "standard")
+    charged, given_up = await hold(engine, identity, 40_000_000), await hold(engine, identity, 50_000_000)
+    own_server.kill()
+    with pytest.raises(StoreUnavailable):
+        await settle(engine, charged, 30_000_000, '{"tokens": {"output": 3}}')
+    await engine.void(given_up)
+    assert journal.pending == 2
+    assert await engine.close(0) == 2  # the gateway ends before the store is back
+    await journal.close()
+
+    own_server.start()
+    assert await own_store.wait_connected(30)
+    assert (await operator.funds(ACCOUNT)).held_nano == 90_000_000
+    journal = Journal(directory)
+    await journal.open()
+    engine = CreditEngine(own_store, PLANS, "standard", metrics, journal)
+    assert await engine.replay() == 2
+    assert await engine.close(30) == 0
+    assert journal.pending == 0
+    funds = await operator.funds(ACCOUNT)
+    assert (funds.used_nano, funds.held_nano) == (30_000_000, 0)
+    entry = (await ledger(own_store))[-1]
+    assert (entry["kind"], entry["id"], entry["note"], entry["model"], entry["key"]) == (
+        *("settle", charged.id, '{"tokens": {"output": 3}}', "model"),
+        identity.key_id,
+    )
+    await check_books(own_store)
+    assert await engine.replay() == 0
+    await journal.close()
+
+
+async def test_a_store_that_is_full_has_its_settlements_in_the_journal_until_it_takes_them(
+    own_store: Store, metrics: Metrics, journal: Journal
+) -> None:
+    engine = CreditEngine(own_store, PLANS, "standard", metrics, journal)
+    operator = Operator(own_store, PLANS, "standard")
+    held = await hold(engine, await new_identity(operator, engine, ACCOUNT, "standard"), 40_000_000)
+    await own_store.call("CONFIG", "SET", "maxmemory", 1)
+    with pytest.raises(StoreRefused, match="OOM"):
+        await settle(engine, held, 30_000_000)
+    assert journal.pending == 1
+    await own_store.call("CONFIG", "SET", "maxmemory", 0)
+    assert await engine.close(30) == 0
+    assert journal.pending == 0
+    assert (await operator.funds(ACCOUNT)).used_nano == 30_000_000
+
+
+@pytest.mark.parametrize(("cost", "paid"), [(0, (0, 0, 0)), (150_000_000, (100_000_000, 50_000_000, 0))])
+async def test_a_request_whose_reservation_the_store_lost_is_charged_all_the_same(
+    engine: CreditEngine,
+    operator: Operator,
+    store: Store,
+    acme: Identity,
+    clock: MovableClock,
+    cost: int,
+    paid: tuple[int, int, int],
+) -> None:
+    await operator.credit(ACCOUNT, CREDIT, "grant")
+    held = await hold(engine, acme, 1)
+    await settle(engine, held, 0)  # so that nothing is held, and then it is as if it had never been
+    await lose(store, held.id)
+    clock.move(DAY_MS // 4)
+    settlement = await settle(engine, held, cost, "note")
+    assert (settlement.from_allowance_nano, settlement.from_balance_nano, settlement.written_off_nano) == paid
+    assert settlement.repeated is False
+    entry = (await ledger(store))[-1]
+    assert (entry["kind"], entry["id"], entry["note"], entry["model"], entry["key"]) == (
+        *("settle", held.id, "note", "model"),
+        acme.key_id,
+    )
+    assert (await settle(engine, held, 7)).repeated
+    funds = await operator.funds(ACCOUNT)
+    assert (funds.used_nano, funds.balance_nano) == (paid[0], CREDIT - paid[1])
+    await check_books(store)
+
+
+async def test_a_lost_reservation_is_charged_at_the_rate_that_it_was_made_at(
+    engine: CreditEngine, operator: Operator, store: Store
+) -> None:
+    dev = await new_identity(operator, engine, ACCOUNT, "developer")
+    held = await hold(engine, dev, 10)
+    await engine.void(held)
+    await lose(store, held.id)
+    assert (await settle(engine, held, 1_000_000_001)).from_allowance_nano == 900_000_001
+    await check_books(store)
+
+
+async def test_a_lost_reservation_that_crosses_midnight_counts_in_the_window_of_now(
+    engine: CreditEngine, operator: Operator, store: Store, acme: Identity, clock: MovableClock
+) -> None:
+    held = await spend(engine, acme, 1)
+    await lose(store, held.id)
+    clock.move(DAY_MS // 2)
+    await spend(engine, acme, 10)
+    await settle(engine, held, 30_000_000)
+    assert (await operator.funds(ACCOUNT)).used_nano == 30_000_010
+    await operator.set_plan(ACCOUNT, "payg")
+    assert (await operator.set_plan(ACCOUNT, "standard")).used_nano == 30_000_010
+    await check_books(store)
+
+
+async def test_one_made_a_day_ago_may_have_been_forgotten_and_is_not_charged_again(
+    engine: CreditEngine, operator: Operator, store: Store, acme: Identity, clock: MovableClock
+) -> None:
+    held = await spend(engine, acme, 10)
+    clock.move(DAY_MS - 1)
+    await lose(store, held.id)
+    other = await hold(engine, acme, 5)
+    clock.move(1)
+    with pytest.raises(UnknownReservation):
+        await settle(engine, held, 10)
+    assert (await settle(engine, other, 5)).cost_nano == 5
+    await check_books(store)
+
+
+async def test_after_a_failover_the_last_settlements_and_voids_are_said_again(
+    engine: CreditEngine, operator: Operator, store: Store, acme: Identity
+) -> None:
+    """The new primary had the reservations, not their ends."""
+    first, second, voided = [await hold(engine, acme, 20_000_000) for _ in range(3)]
+    await settle(engine, first, 5_000_000)
+    dumps: dict[str, Any] = {key: await store.call("DUMP", key) for key in money_keys(ACCOUNT)}
+    await settle(engine, second, 7_000_000)
+    await engine.void(voided)
+    for key, dump in dumps.items():
+        await store.call("RESTORE", key, 0, dump, "REPLACE")
+    assert (await operator.funds(ACCOUNT)).used_nano == 5_000_000
+
+    assert store.on_failover is not None
+    store.on_failover()
+    assert await engine.close(30) == 0
+    funds = await operator.funds(ACCOUNT)
+    assert (funds.used_nano, funds.held_nano) == (12_000_000, 0)
+    assert [entry["kind"] for entry in await ledger(store)].count("settle") == 2
+    assert (await operator.void_reservation(voided.id)).repeated
+    await check_books(store)
+
+
+async def test_a_settlement_of_an_answer_that_outlived_its_lost_reservation_is_whole(
+    engine: CreditEngine, operator: Operator, store: Store, acme: Identity
+) -> None:
+    """Extended after the loss, and settled: one charge, of the whole cost."""
+    held = await spend(engine, acme, 1)
+    await lose(store, held.id)
+    await extend(engine, held, 60_000_000, seen=10)
+    await settle(engine, held, 55_000_000)
+    kind, id_, postings = await last_entry(store)
+    assert (kind, id_, postings[f"used:{DAY_MS}"]) == ("settle", held.id, 55_000_000)
+    await check_books(store)
+
+
+async def test_calls_that_are_cancelled_while_the_store_is_away_are_not_forgotten(
+    own_server: ValkeyServer, own_store: Store, metrics: Metrics, journal: Journal
+) -> None:
+    engine = CreditEngine(own_store, PLANS, "standard", metrics, journal)
+    operator = Operator(own_store, PLANS, "standard")
+    held = await hold(engine, await new_identity(operator, engine, ACCOUNT, "standard"), 40_000_000)
+    own_server.pause()
+    settling = asyncio.create_task(engine.settle(held, 30_000_000 * FEMTO_PER_NANO, ""))
+    await asyncio.sleep(0.05)
+    settling.cancel()
+    await asyncio.gather(settling, return_exceptions=True)
+    own_server.resume()
+    assert await engine.close(30) == 0
+    funds = await operator.funds(ACCOUNT)
+    assert (funds.used_nano, funds.held_nano) == (30_000_000, 0)
+    assert journal.pending == 0
+
+
+async def test_what_was_seen_is_kept_for_the_next_renewal_when_the_store_was_away(
+    engine: CreditEngine, operator: Operator, store: Store, valkey: TimedServer, acme: Identity, clock: MovableClock
+) -> None:
+    held = await hold(engine, acme, 40_000_000)
+    valkey.server.command("CLIENT", "KILL", "TYPE", "normal")
+    with pytest.raises(StoreUnavailable):
+        await extend(engine, held, 0, seen=8_000_000, note="so far")
+    assert held.seen == Seen(8_000_000 * FEMTO_PER_NANO, "so far")
+    assert await store.wait_connected(30)
+    await engine.extend(held, 0, held.seen)
+    clock.move(DAY_MS // 12)
+    assert await engine.expire_due(SHARD) == 1
+    assert (await operator.funds(ACCOUNT)).used_nano == 8_000_000
