@@ -16,8 +16,8 @@ from aiohttp import web
 from gateway.config.model import Address, GatewayConfig, Secret, Upstream
 from gateway.config.watch import LiveConfig
 from gateway.credits.api_keys import new_secret
-from gateway.credits.archive import Archive
-from gateway.credits.archiver import archiving
+from gateway.credits.archive import Archive, ArchiveError
+from gateway.credits.archiver import Archiver, ForeignArchive, archiving
 from gateway.credits.auditor import Auditor, auditing
 from gateway.credits.embedded import EmbeddedStore, EmbeddedStoreError, running_url
 from gateway.credits.errors import Rejected, StoreError, StoreUnavailable
@@ -70,6 +70,7 @@ async def serve(config: GatewayConfig, read: Callable[[], GatewayConfig]) -> Non
         store = await stack.enter_async_context(_store(config, metrics, serving=True))
         archive = Archive(config.archive.url, config.store.data_dir)
         await stack.enter_async_context(archiving(store, archive, metrics))
+        await _claim(config, Archiver(store, archive, metrics))
         journal = Journal(config.store.data_dir / "journal")
         await journal.open()
         stack.push_async_callback(journal.close)
@@ -280,6 +281,18 @@ async def _running(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
             await task
 
 
+async def _claim(config: GatewayConfig, archiver: Archiver) -> None:
+    """Find out at the start whether the archive is that of this store. A database server that is away may come back."""
+    try:
+        await archiver.claim()
+    except ForeignArchive:
+        raise
+    except ArchiveError as error:
+        if config.archive.url.startswith("sqlite"):
+            raise
+        log.error("the ledger stays in the store for now: %s", error)
+
+
 async def _settle_all(engine: CreditEngine) -> None:
     if left := await engine.close(SETTLE_S):
         log.error(
@@ -308,7 +321,7 @@ async def _abandon_orphans(operator: Operator, started_ms: int) -> None:
     leases?"""
     try:
         if count := await operator.abandon_orphans(started_ms):
-            log.warning("gave back what %d requests of a killed gateway held", count)
+            log.warning("ended %d requests of a killed gateway; what was seen of them was charged", count)
     except StoreError as error:
         log.warning("the holds of a killed gateway stay until their leases end: %s", error)
 
@@ -375,7 +388,9 @@ def _welcome(config: GatewayConfig, address: Address, admin: Address, secret: st
         ]
     lines += [f"metrics   http://{_reachable(admin)}/metrics", f"base URL  {base}"]
     if secret is None:
-        lines.append("key       make one with: quota-gateway keys create ACCOUNT (same --config and --data-dir)")
+        lines.append(
+            "key       make one with: quota-gateway keys create ACCOUNT, after accounts create ACCOUNT (same --config)"
+        )
         return "\n".join(lines)
     model = next((model for model in config.models.values() if model.prices.output_femto), None)
     lines.append(f"key       {secret}   (account {FIRST_ACCOUNT}, plan {config.default_plan}; shown only once)")

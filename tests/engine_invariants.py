@@ -9,7 +9,7 @@ from typing import Any
 from tests.engine_model import Account, EngineModel
 
 _TOTALS = ("used", "bought", "refunded", "deducted", "spent", "written_off")
-_WINDOW = ("refresh", "finish", "granted", "used", "held", "before", "epoch", "first", "adopted_epoch", "adopted")
+_WINDOW = ("refresh", "finish", "granted", "used", "held", "before", "epoch", "first", "adopted")
 _WINDOW_FIELDS = ("w1", "w2", "w3", "w4")
 
 
@@ -62,11 +62,11 @@ def check_invariants(values: dict[str, str], records: list[dict[str, Any]], lowe
     assert sorted(fold.used_after.split()) == sorted(f"{window['refresh']}:{window['used']}" for window in windows)
 
 
-def _check_window(window: dict[str, int], parts: list[dict[str, Any]], lowered: bool, fold: Fold) -> None:
+def _check_window(window: dict[str, Any], parts: list[dict[str, Any]], lowered: bool, fold: Fold) -> None:
     assert min(window["used"], window["held"], window["before"], window["adopted"]) >= 0
     assert window["used"] + window["held"] + window["adopted"] <= window["granted"] or lowered
     mine = [part for part in parts if window["epoch"] in part["epochs"]]
-    adopted = [part for part in parts if part not in mine and window["adopted_epoch"] in part["epochs"]]
+    adopted = [part for part in parts if part not in mine and not part["epochs"].isdisjoint(window["adopted_epochs"])]
     assert window["held"] == sum(part["amount"] for part in mine)
     assert window["adopted"] == sum(part["amount"] for part in adopted)
     assert fold.books[f"window:{window['refresh']}"] == window["granted"] - window["used"]
@@ -91,7 +91,7 @@ def stored(model: EngineModel, account: Account) -> dict[str, str]:
         held, before, adopted = (model.held_as(account, win, how) for how in ("held", "before", "adopted"))
         figures = (
             *(win.refresh_ms, win.window.end_ms, win.window.granted_nano, win.used, held, before),
-            *(win.epoch, win.first, win.adopted, adopted),
+            *(win.epoch, win.first, adopted, ",".join(map(str, win.adopted))),
         )
         windows[name] = "|".join(map(str, figures))
     return {name: str(value) for name, value in (numbers | sums).items()} | {
@@ -106,9 +106,11 @@ def read_account(reply: list[bytes]) -> dict[str, str]:
     return dict.fromkeys((f"total_{name}" for name in _TOTALS), "0") | pairs(reply)
 
 
-def read_window(text: str) -> dict[str, int]:
+def read_window(text: str) -> dict[str, Any]:
     """One window of an account hash."""
-    return dict(zip(_WINDOW, map(int, text.split("|")), strict=True))
+    *figures, epochs = text.split("|")
+    window: dict[str, Any] = dict(zip(_WINDOW, map(int, figures), strict=True))
+    return window | {"adopted_epochs": {int(epoch) for epoch in epochs.split(",") if epoch}}
 
 
 def read_postings(text: str) -> dict[str, int]:

@@ -20,6 +20,7 @@ from gateway.domain.window import Window, window_at
 
 MAX_SKEW_MS = 60_000
 RESERVATION_RETENTION_MS = DAY_MS
+VOIDED_RETENTION_MS = 3_600_000
 OPERATION_RETENTION_MS = 90 * DAY_MS
 
 Entry = dict[str, str]
@@ -39,15 +40,15 @@ class Totals:
 
 @dataclass
 class Win:
-    """A window of an account. first: number of the first window of its length since the plan has it. adopted: number of
-    the window that this one replaced at a change of plan, or 0."""
+    """A window of an account. first: number of the first window of its length since the plan has it. adopted: numbers
+    of the windows that this one replaced at changes of plan."""
 
     window: Window
     refresh_ms: int
     used: int
     epoch: int
     first: int
-    adopted: int = 0
+    adopted: tuple[int, ...] = ()
 
 
 @dataclass
@@ -98,7 +99,7 @@ class Hold:
     rate_ppm: int
     payg: bool
     on_lost: str
-    asked: tuple[Cost, int, int]
+    asked: tuple[Cost, int, int, str]
     created_ms: int | None
     due_ms: int
     key: str = ""
@@ -209,7 +210,7 @@ class EngineModel:
         account = self.accounts.get(name)
         if account is None:
             return NotReserved("unknown_account")
-        asked = (amount, minimum_nano, alone_nano)
+        asked = (amount, minimum_nano, alone_nano, repeat.key_hash if repeat else "")
         if earlier := self.holds.get((shard_of(name), reservation)):
             return self._reserve_again(account, reservation, earlier, plan, asked)
         if key_id and key_id not in account.keys:
@@ -248,7 +249,7 @@ class EngineModel:
         return Reserved(reservation, covered, from_allowance, from_balance, self._funds(rolled, plan))
 
     def _reserve_again(
-        self, account: Account, reservation: str, earlier: Hold, plan: Plan, asked: tuple[Cost, int, int]
+        self, account: Account, reservation: str, earlier: Hold, plan: Plan, asked: tuple[Cost, int, int, str]
     ) -> Reserved | NotReserved:
         if earlier.account != account.name:
             return NotReserved("conflict")
@@ -266,7 +267,7 @@ class EngineModel:
         if first.body_hash != repeat.body_hash:
             return Repeated("other_body")
         hold = self.holds.get((shard_of(name), first.reservation))
-        if hold is None or hold.state in {"voided", "refunded"}:
+        if hold is None:
             return None
         if hold.state == "open":
             return Repeated("in_progress", first.reservation)
@@ -290,8 +291,15 @@ class EngineModel:
         """Hold more."""
         account = self._account(name)
         hold = self._hold(name, reservation)
-        if hold.state != "open":
+        if hold.state not in {"open", "expired"}:
             return Extended(0, 0, 0, open=False, funds=self._funds(account, plan))
+        if hold.state == "expired":
+            postings: Postings = Counter()
+            self._uncharge(account, hold, postings)
+            hold.state, hold.written_off, hold.due_ms = "open", 0, 0
+            covered = min(hold.covered, _at_list_price(hold.from_allowance, hold.rate_ppm))
+            hold.covered = covered + hold.from_balance
+            self._enter(account, "reopen", reservation, postings, model="model", key=hold.key)
         if wanted.payg_nano > hold.covered:
             if account.plan == plan.name and not self._skewed(account, gateway_ms):
                 rolled, entries = self._rolled(account, plan)
@@ -332,8 +340,8 @@ class EngineModel:
         """Charge a cost: the hold, then the windows of now, then the free balance; the rest is written off."""
         account = self._account(name)
         hold = self.holds.get((shard_of(name), reservation))
-        if hold is None and self._time(account) < created_ms + RESERVATION_RETENTION_MS:
-            hold = Hold(name, [], 0, 0, plan.rate_ppm, plan.payg, "", (cost, 0, 0), created_ms, 0, key_id)
+        if hold is None and self._time(account) < created_ms + VOIDED_RETENTION_MS:
+            hold = Hold(name, [], 0, 0, plan.rate_ppm, plan.payg, "", (cost, 0, 0, ""), created_ms, 0, key_id)
             self.holds[shard_of(name), reservation] = hold
         if hold is None or hold.account != name:
             raise UnknownReservation(reservation)
@@ -365,11 +373,18 @@ class EngineModel:
         if late:
             self._uncharge(account, hold, postings)
         self._charge(account, hold, cost, "voided" if verb == "void" else "expired", postings)
+        if verb == "void":
+            self._forget_request(name, reservation)
         self._remember_time(account)
         if any(postings.values()):
             kind = "void" if late else "expire" if cost.payg_nano else "lapse"
             self._enter(account, kind, reservation, postings, model="model", key=hold.key, note=hold.seen_note)
         return _settlement(reservation, hold, False)
+
+    def _forget_request(self, name: str, reservation: str) -> None:
+        for key, request in list(self.requests.items()):
+            if key[0] == name and request.reservation == reservation:
+                del self.requests[key]
 
     def refund(self, name: str, operation: str, reservation: str, note: str) -> Settlement:
         """Give back what a request was charged."""
@@ -380,6 +395,9 @@ class EngineModel:
             return _settlement(reservation, hold, True)
         if hold.state not in {"settled", "expired"}:
             raise Rejected(f"is {hold.state}")
+        refundable = account.totals.spent - account.totals.refunded
+        if hold.from_balance > refundable:
+            raise Rejected(f"at most {format_credits(refundable)} credits")
         postings: Postings = Counter()
         charged = replace(hold, parts=[replace(part) for part in hold.parts])
         charged.created_ms = hold.created_ms if hold.state == "expired" else None
@@ -391,8 +409,10 @@ class EngineModel:
         self._done(account, operation, ("refund_request", reservation))
         return _settlement(reservation, hold, False)
 
-    def due(self, shard: int, limit: int) -> tuple[int, list[tuple[str, str]]]:
+    def due(self, shard: int, limit: int, gateway_ms: int) -> tuple[int, list[tuple[str, str]]]:
         """Overdue reservations; ended records whose retention is over are forgotten."""
+        if abs(self.now_ms - gateway_ms) > MAX_SKEW_MS:
+            return 0, []
         waiting: list[tuple[int, str, Hold | None]] = [
             (hold.due_ms, name, hold) for (at, name), hold in self.holds.items() if at == shard
         ]
@@ -505,7 +525,8 @@ class EngineModel:
             from_balance += more
             rest -= more
         hold.parts, hold.from_balance, hold.written_off = parts, from_balance, rest
-        hold.due_ms = self._time(account) + RESERVATION_RETENTION_MS
+        retention_ms = VOIDED_RETENTION_MS if state == "voided" else RESERVATION_RETENTION_MS
+        hold.due_ms = self._time(account) + retention_ms
         _book(account, hold, 1, postings)
 
     def _uncharge(self, account: Account, hold: Hold, postings: Postings) -> None:
@@ -518,9 +539,10 @@ class EngineModel:
         for win in account.windows:
             how = how_held(win, part)
             if how in {"held", "adopted"}:
-                win.used += sign * used
-                postings[f"window:{win.refresh_ms}"] -= sign * used
-                postings[f"used:{win.refresh_ms}"] += sign * used
+                change = max(sign * used, -win.used)
+                win.used += change
+                postings[f"window:{win.refresh_ms}"] -= change
+                postings[f"used:{win.refresh_ms}"] += change
                 today = True
             elif how == "before":
                 postings[f"before:{win.refresh_ms}"] -= sign * part.amount
@@ -531,7 +553,7 @@ class EngineModel:
                 postings[f"lapsed:{refresh_ms}"] -= sign * used
                 postings[f"used:{refresh_ms}"] += sign * used
         if today:
-            account.used_today += sign * used
+            account.used_today = max(0, account.used_today + sign * used)
 
     # --- parts --------------------------------------------------------------------------------------------------
 
@@ -553,6 +575,8 @@ class EngineModel:
         return max(self.now_ms, account.seen_ms)
 
     def _skewed(self, account: Account, gateway_ms: int) -> bool:
+        if not account.windows:
+            return False
         return self._time(account) >= account.first_end_ms and abs(self.now_ms - gateway_ms) > MAX_SKEW_MS
 
     def _remember_time(self, account: Account) -> None:
@@ -614,11 +638,11 @@ class EngineModel:
         covering = [win for win in account.windows if win.window.start_ms <= window.start_ms < win.window.end_ms]
         used = min([rolled.used_today, *(win.used for win in covering)])
         current = [win for win in account.windows if self._time(account) < win.window.end_ms]
-        adopted = 0
+        adopted: tuple[int, ...] = ()
         if current:
             parent = [win for win in current if win in covering][-1:] or current[:1]
             held, adopted_held = (self.held_as(account, parent[0], how) for how in ("held", "adopted"))
-            adopted = parent[0].adopted if adopted_held > held else parent[0].epoch
+            adopted = ((parent[0].epoch,) if held else ()) + (parent[0].adopted if adopted_held else ())
         return Win(window, allowance.refresh_ms, used, rolled.epoch, rolled.epoch, adopted)
 
     def _commit(self, rolled: Account, entries: list[tuple[str, str, Postings]]) -> None:
@@ -675,7 +699,7 @@ def how_held(win: Win, part: Part) -> str:
     epochs = {epoch for _, epoch in part.spans}
     if win.epoch in epochs:
         return "held"
-    if win.adopted in epochs:
+    if not epochs.isdisjoint(win.adopted):
         return "adopted"
     before = any(length == win.refresh_ms and epoch >= win.first for length, epoch in part.spans)
     return "before" if before else "none"

@@ -228,8 +228,8 @@ def short_name(key: str) -> str:
 
 def model_name(key: str) -> str:
     """The name of a model, as clients send it."""
-    if not 1 <= len(key) <= 200 or not key.isprintable() or " " in key:
-        raise ValueError("is not a model name: write 1 to 200 printable characters without spaces")
+    if not 1 <= len(key) <= 200 or not key.isprintable() or " " in key or "|" in key:
+        raise ValueError("is not a model name: write 1 to 200 printable characters without spaces and |")
     return key
 
 

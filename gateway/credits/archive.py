@@ -14,10 +14,13 @@ import asyncio
 import hashlib
 import json
 import logging
+import os
 import secrets
+import socket
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -32,6 +35,9 @@ VERSION = "1"
 #: No statement here takes more than milliseconds on a database that works.
 _CONNECT_TIMEOUT_S = 5
 _STATEMENT_TIMEOUT_S = 10
+#: A server that hangs does not even end its statements: how long a call waits, and the last one.
+_ANSWER_S = 20.0
+_CLOSE_S = 5.0
 #: Keeps gateways that start at once from making the tables at once.
 _ADVISORY_LOCK = 0x71675F6C
 _MOST_CONFLICTS_SHOWN = 100
@@ -93,6 +99,15 @@ class _Connection:
         self._raw = raw
         self._placeholder = placeholder
         self._begin = begin
+
+    def abort(self) -> None:
+        """End the statement that another thread waits for, and with it the connection."""
+        with suppress(Exception):  # it may just have ended by itself
+            if isinstance(self._raw, sqlite3.Connection):
+                self._raw.interrupt()
+            else:
+                with socket.socket(fileno=os.dup(self._raw.fileno())) as wire:
+                    wire.shutdown(socket.SHUT_RDWR)
 
     def execute(self, statement: str, *values: object) -> _Cursor:
         """One statement."""
@@ -238,13 +253,29 @@ class Archive:
         assert found is not None
         return found
 
+    async def of_store(self, store_id: str) -> str:
+        """The id of the store whose ledger this is: the first that asked."""
+
+        def first(connection: _Connection | None) -> str:
+            present = _present(connection)
+            present.begin()
+            present.execute(
+                "INSERT INTO archive_meta (name, value) VALUES (?, ?) ON CONFLICT DO NOTHING", "store", store_id
+            )
+            row = present.execute("SELECT value FROM archive_meta WHERE name = ?", "store").fetchone()
+            present.commit()
+            return str(row[0])
+
+        return await self._run(first, create=True)
+
     async def find(self) -> str | None:
         """Its id, or None if it was never made."""
         return await self._run(lambda connection: self._id if connection else None)
 
     async def close(self) -> None:
         """End the connection and the thread, once the statement that runs has ended."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._drop)
+        with suppress(ArchiveError):
+            await self._within(_CLOSE_S, asyncio.get_running_loop().run_in_executor(self._thread, self._drop))
         self._thread.shutdown(wait=False)
 
     async def append(self, entries: Sequence[Entry], broken: Sequence[BrokenEntry]) -> int:
@@ -289,7 +320,19 @@ class Archive:
         )
 
     async def _run(self, work: Callable[[_Connection | None], T], *, create: bool = False) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._work, work, create)
+        future = asyncio.get_running_loop().run_in_executor(self._thread, self._work, work, create)
+        return await self._within(_ANSWER_S, future)
+
+    async def _within(self, seconds: float, future: "asyncio.Future[T]") -> T:
+        """The future's result; a database that does not answer in time is left, which ends the thread's wait too."""
+        future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        try:
+            async with asyncio.timeout(seconds):
+                return await asyncio.shield(future)
+        except TimeoutError:
+            if self._connection is not None:
+                self._connection.abort()
+            raise ArchiveError("the ledger's archive does not answer") from None
 
     def _work(self, work: Callable[[_Connection | None], T], create: bool) -> T:
         try:

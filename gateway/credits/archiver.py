@@ -7,6 +7,7 @@ sweep reads each stream from its start, so whatever a crash left half done is do
 import asyncio
 import logging
 import random
+import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
@@ -28,15 +29,17 @@ SHARD_BATCH = 250
 _SHARDS_AT_ONCE = 8
 #: Field of the store's META that says which archive its ledger goes to.
 ARCHIVE_FIELD = "archive"
+_STORE_FIELD = "id"
 
 
 class ForeignArchive(ArchiveError):
-    """The store's ledger goes to another archive than the configured one."""
+    """The configured archive is not that of this store: the store's ledger goes to another one, or the archive has the
+    ledger of another store."""
 
-    def __init__(self, owner: str, own: str) -> None:
+    def __init__(self, what: str) -> None:
         super().__init__(
-            f"this store's ledger goes to the archive {owner}, but archive.url names {own}: "
-            "all gateways of a store must have the same archive, or parts of the ledger end up in each"
+            f"{what}: all gateways of a store must have the same archive, and each store an archive of its own. "
+            "Set archive.url to an absolute sqlite:/// path or a postgresql:// URL"
         )
 
 
@@ -100,20 +103,27 @@ class Archiver:
         waiting = [shard for shard, length in enumerate(lengths) if length]
         if not waiting:
             return False
-        await self._claim()
+        await self.claim()
         for first in range(0, len(waiting), _SHARDS_AT_ONCE):
             await self._move(waiting[first : first + _SHARDS_AT_ONCE])
         return max(lengths) > SHARD_BATCH
 
-    async def _claim(self) -> None:
+    async def claim(self) -> None:
+        """Tie store and archive together for ever, unless they are. Raises StoreError, ArchiveError, ForeignArchive."""
         own = await self._archive.open()
-        owner = await self._store.call("HGET", META, ARCHIVE_FIELD)
-        if owner is None:
+        store_id = await self._first(_STORE_FIELD, secrets.token_hex(12))
+        if await self._archive.of_store(store_id) != store_id:
+            raise ForeignArchive("the archive that archive.url names has the ledger of another store")
+        if await self._first(ARCHIVE_FIELD, own) != own:
+            raise ForeignArchive("this store's ledger goes to another archive than the one that archive.url names")
+
+    async def _first(self, field: str, value: str) -> str:
+        kept = await self._store.call("HGET", META, field)
+        if kept is None:
             # Only now: a store whose memory is full refuses this write, and trimming is what makes room.
-            await self._store.call("HSETNX", META, ARCHIVE_FIELD, own)
-            owner = await self._store.call("HGET", META, ARCHIVE_FIELD)
-        if owner.decode() != own:
-            raise ForeignArchive(owner.decode(), own)
+            await self._store.call("HSETNX", META, field, value)
+            kept = await self._store.call("HGET", META, field)
+        return str(kept.decode())
 
     async def _move(self, shards: Sequence[int]) -> None:
         streams = [shard_keys(shard).ledger for shard in shards]

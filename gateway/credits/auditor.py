@@ -114,8 +114,8 @@ class Auditor:
 
     async def _check_archive(self) -> None:
         owner = await self._store.call("HGET", META, ARCHIVE_FIELD)
-        if owner is not None and (own := await self._archive.find()) != owner.decode():
-            raise ForeignArchive(owner.decode(), own or "none that was ever used")
+        if owner is not None and await self._archive.find() != owner.decode():
+            raise ForeignArchive("this store's ledger goes to another archive than the one that archive.url names")
 
     async def _read_one(self, account: str, span: Span, period: Period) -> AsyncIterator[Entry]:
         def complain(error: BrokenEntry) -> None:

@@ -170,8 +170,8 @@ def _take_tokens(note: dict[str, Any]) -> dict[str, int]:
 class Window:
     """One window of an account, as its hash has it, in nano-credits; epochs number an account's windows.
 
-    held: by reservations made in it. before: by those of ended windows of this length. adopted: by those of the window
-    that this one replaced at a change of plan.
+    held: by reservations made in it. before: by those of ended windows of this length. adopted: by those of the windows
+    that this one replaced at changes of plan.
     """
 
     refresh_ms: int
@@ -182,8 +182,8 @@ class Window:
     before_nano: int
     epoch: int
     first_epoch: int
-    adopted_epoch: int
     adopted_nano: int
+    adopted_epochs: tuple[int, ...]
 
 
 _TOTALS = ("spent", "written_off", "bought", "refunded", "deducted")
@@ -202,12 +202,17 @@ class Live:
     totals: Mapping[str, int]
 
 
+def _read_window(text: str) -> Window:
+    *figures, epochs = text.split("|")
+    adopted = tuple(_integer(epoch) for epoch in epochs.split(",") if epoch)
+    return Window(*map(_integer, figures), adopted)  # type: ignore[call-arg, arg-type]
+
+
 def parse_live(account: str, values: Mapping[str, str]) -> Live:
     """The account whose hash has these fields. Raises ValueError where a figure is missing or none."""
     texts = [values[name] for name in ("w1", "w2", "w3", "w4") if name in values]
-    windows = [[_integer(part) for part in text.split("|")] for text in texts]
-    if any(len(window) != 10 for window in windows):
-        raise ValueError("a window does not have 10 figures")
+    if any(text.count("|") != 9 for text in texts):
+        raise ValueError("a window does not have 10 fields")
     missing = [name for name in ("plan", "sequence", "balance", "balance_held") if name not in values]
     if missing:
         raise ValueError(f"there is no {missing[0]}")
@@ -217,7 +222,7 @@ def parse_live(account: str, values: Mapping[str, str]) -> Live:
         sequence=_integer(values["sequence"]),
         balance_nano=_integer(values["balance"]),
         balance_held_nano=_integer(values["balance_held"]),
-        windows=tuple(Window(*window) for window in windows),
+        windows=tuple(map(_read_window, texts)),
         totals={name: _integer(values.get(f"total_{name}", "0")) for name in _TOTALS},
     )
 
@@ -407,7 +412,7 @@ def _holder(window: Window, part: Part) -> str | None:
     epochs = [epoch for _, epoch in part.spans]
     if window.epoch in epochs:
         return "held"
-    if window.adopted_epoch in epochs:
+    if any(epoch in window.adopted_epochs for epoch in epochs):
         return "adopted"
     known = (refresh == window.refresh_ms and epoch >= window.first_epoch for refresh, epoch in part.spans)
     return "before" if any(known) else None

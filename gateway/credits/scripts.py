@@ -145,7 +145,7 @@ async def settle(
     key_id: str = "",
     model: str = "",
 ) -> Settlement:
-    """Charge the cost. plan: the one it was reserved under. created_ms: when, on the store's clock; less than 24 h ago
+    """Charge the cost. plan: the one it was reserved under. created_ms: when, on the store's clock; less than 1 h ago
     the cost is charged even if the store has lost the reservation. Raises UnknownAccount, UnknownReservation."""
     reply = await store.run(
         "settle",
@@ -173,6 +173,10 @@ async def refund(store: Store, account: str, operation: str, reservation: str, n
     match reply[0]:
         case b"conflict":
             raise OperationConflict(operation)
+        case b"exceeds_spent":
+            raise Rejected(
+                f"at most {format_credits(int(reply[1]))} credits were charged to the balance and not refunded yet"
+            )
         case b"not_settled":
             raise Rejected(f"{reservation} is {reply[1].decode()}: only what was charged can be refunded")
     return _settlement(reply, account, reservation)
@@ -201,7 +205,7 @@ def _settlement(reply: list[bytes], account: str, reservation: str) -> Settlemen
 async def due(store: Store, shard: int, limit: int) -> tuple[int, list[tuple[str, str]]]:
     """How many due ids were looked at, and the (reservation, account) pairs whose lease has run out."""
     keys = shard_keys(shard)
-    looked_at, *pairs = await store.run("due", (keys.records, keys.due), (limit,))
+    looked_at, *pairs = await store.run("due", (keys.records, keys.due), (limit, _gateway_ms()))
     texts = [text.decode() for text in pairs]
     return int(looked_at), list(zip(texts[::2], texts[1::2], strict=True))
 

@@ -9,12 +9,21 @@ import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 from gateway.credits import scripts
 from gateway.credits.api_keys import KeyDigest, digest_of
-from gateway.credits.errors import EngineError, StoreError, StoreUnavailable, UnknownPlan, UnknownReservation
+from gateway.credits.errors import (
+    EngineError,
+    ReplyLost,
+    StoreError,
+    StoreRefused,
+    StoreUnavailable,
+    UnknownPlan,
+    UnknownReservation,
+)
 from gateway.credits.journal import Journal, JournalEntry, JournalError
 from gateway.credits.keyspace import reservation_id, shard_keys
 from gateway.credits.scripts import NotReserved, RepeatKey
@@ -22,7 +31,7 @@ from gateway.credits.store import Store
 from gateway.domain.decision import Denied, Extended, Repeated, Reserved, Settlement, deny
 from gateway.domain.money import MAX_NANO
 from gateway.domain.plan import Plan
-from gateway.domain.price import Cost, cost_of
+from gateway.domain.price import FEMTO_PER_NANO, Cost, cost_of
 from gateway.telemetry.metrics import Metrics
 
 __all__ = ["CreditEngine", "Identity", "Refused", "RepeatKey", "Reservation", "Seen"]
@@ -39,6 +48,8 @@ _IDENTITY_TTL_S = 60.0  # a revoked key is refused at once by the reservation it
 _IDENTITIES = 10_000
 _RETRY_FIRST_S, _RETRY_MOST_S = 0.05, 5.0
 _REPLY_LOST_WAIT_S = 1.0
+_MOST_TAKEN_BACK = 1000
+_SAID_AT_ONCE = 50
 _DUE_AT_ONCE = 200
 _ADOPT_S = 30.0
 # A replica that takes over may lack the last moments: what ended in them is said again.
@@ -133,10 +144,11 @@ class CreditEngine:
         """Wait for calls in the background; the number that did not finish (their leases end them)."""
         if self._background:
             await asyncio.wait(self._background, timeout=timeout_s)
-        left = len(self._background)
-        for task in list(self._background):
+        left = list(self._background)
+        for task in left:
             task.cancel()
-        return left
+        await asyncio.gather(*left, return_exceptions=True)  # each writes down what it could not say
+        return len(left)
 
     # --- requests -----------------------------------------------------------------------------------------------
 
@@ -183,15 +195,22 @@ class CreditEngine:
         reservation = reservation_id(identity.account, request)
         wanted = _Wanted(model, amount_femto, minimum_femto, minimum_femto if alone_femto is None else alone_femto)
 
-        async def attempt() -> Reservation | Denied | Refused | Repeated | NotReserved:
-            return await self._reserve_once(identity, reservation, wanted, lease_ms, repeat)
+        lost = False
 
+        async def attempt() -> Reservation | Denied | Refused | Repeated | NotReserved:
+            nonlocal lost
+            try:
+                return await self._reserve_once(identity, reservation, wanted, lease_ms, repeat)
+            except (asyncio.CancelledError, ReplyLost):
+                lost = True  # the script may have run, or run yet
+                raise
+
+        outcome = None
         try:
             outcome = await repeat_if_lost(self._store, attempt)
-        except (asyncio.CancelledError, StoreError):
-            # The script may have run, or run yet: nobody will settle this reservation, so it is taken back.
-            self._in_background(self._end_somehow(JournalEntry("void", identity.account, reservation)))
-            raise
+        finally:
+            if lost and not isinstance(outcome, Reservation):  # nobody will settle it
+                self._take_back(identity.account, reservation)
         if isinstance(outcome, NotReserved):
             if outcome.outcome == "skewed":
                 raise StoreUnavailable("the clocks of store and gateway differ by more than a minute")
@@ -238,6 +257,25 @@ class CreditEngine:
                 case _:
                     return outcome
 
+    def _take_back(self, account: str, reservation: str) -> None:
+        """Void what may be held, for as long as its lease; by then it has ended by itself."""
+        if len(self._background) < _MOST_TAKEN_BACK:
+            self._in_background(self._void_for_a_lease(account, reservation))
+
+    async def _void_for_a_lease(self, account: str, reservation: str) -> None:
+        pause_s = _RETRY_FIRST_S
+        with suppress(TimeoutError, UnknownReservation):  # it was never made
+            async with asyncio.timeout(LEASE_MS / 1000):
+                while True:
+                    try:
+                        await scripts.release(self._store, account, reservation, "void")
+                    except StoreError as error:
+                        log.debug("%s is not taken back yet: %s", reservation, error)
+                    else:
+                        return
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(pause_s * 2, _RETRY_MOST_S)
+
     # --- while an answer streams --------------------------------------------------------------------------------
 
     async def extend(self, reservation: Reservation, target_femto: int, seen: Seen) -> Reservation:
@@ -250,7 +288,8 @@ class CreditEngine:
             reservation.seen = seen
         rate_ppm = reservation.plan.rate_ppm
         before = reservation.reserved
-        wanted = _within_range(cost_of(target_femto, rate_ppm))
+        # One whose lease ran out meanwhile holds nothing: it is to hold again what it held.
+        wanted = _within_range(cost_of(max(target_femto, before.payg_nano * FEMTO_PER_NANO), rate_ppm))
         try:
             extended = await scripts.extend(
                 self._store,
@@ -263,12 +302,31 @@ class CreditEngine:
                 lease_ms=LEASE_MS,
             )
         except UnknownReservation:
-            log.error("the store has lost %s: its answer goes on with what was held, and is charged", reservation.id)
-            return reservation
+            return await self._hold_again(reservation, wanted)
         reservation.renewed_at = time.monotonic()
         if extended.open:
             reservation.reserved = _grown(before, extended)
             self._metrics.reserved(max(0, extended.held_nano - before.held_nano))
+        return reservation
+
+    async def _hold_again(self, reservation: Reservation, wanted: Cost) -> Reservation:
+        """The store has lost a live reservation in a failover: hold for it what is free now. Raises StoreError."""
+        outcome = await scripts.reserve(
+            self._store,
+            reservation.account,
+            reservation.id,
+            plan=self._terms_of(reservation),
+            amount=wanted,
+            minimum_nano=0,
+            alone_nano=0,
+            lease_ms=LEASE_MS,
+            key_id=reservation.key_id,
+            model=reservation.model,
+        )
+        if not isinstance(outcome, Reserved):
+            raise StoreUnavailable(f"the store has lost {reservation.id}")
+        log.warning("the store had lost %s, which is held again", reservation.id)
+        reservation.reserved, reservation.renewed_at = outcome, time.monotonic()
         return reservation
 
     async def keep_leases(self) -> None:
@@ -388,8 +446,8 @@ class CreditEngine:
         """Say to the store what processes before this one could not; how many. It goes on in the background.
         Raises JournalError."""
         entries = await self._journal.adopt()
-        for entry in entries:
-            self._in_background(self._until_done(entry))
+        if entries:
+            self._in_background(self._all_until_done(entries))
         return len(entries)
 
     async def adopt_journals(self) -> None:
@@ -407,11 +465,13 @@ class CreditEngine:
         again = [entry for at, entry in self._recent if at >= since]
         if again:
             log.warning("another primary answers: telling it again of the last %d reservations that ended", len(again))
-            self._in_background(self._all_until_done(again))
+            self._in_background(self._all_until_done(again, again=True))
 
-    async def _all_until_done(self, entries: list[JournalEntry]) -> None:
-        for entry in entries:
-            await self._until_done(entry, again=True)
+    async def _all_until_done(self, entries: list[JournalEntry], *, again: bool = False) -> None:
+        # A few at a time: they share the connection with the requests of now.
+        for first in range(0, len(entries), _SAID_AT_ONCE):
+            some = entries[first : first + _SAID_AT_ONCE]
+            await asyncio.gather(*(self._until_done(entry, again=again) for entry in some))
 
     async def _end_somehow(self, entry: JournalEntry) -> None:
         """In the background: at once, or by way of the journal."""
@@ -419,19 +479,24 @@ class CreditEngine:
             await self._end_once(entry)
         except StoreError:
             await self._end_later(entry, asyncio.Event())
-        except UnknownReservation:
-            if entry.verb != "void":  # one whose reservation was never made has nothing to give back
-                raise
+        except asyncio.CancelledError:
+            # The process is about to end, and the store has not answered.
+            await self._write_down(entry)
+            raise
 
     async def _end_later(self, entry: JournalEntry, written: asyncio.Event) -> None:
+        try:
+            await self._write_down(entry)
+        finally:
+            written.set()
+        await self._until_done(entry)
+
+    async def _write_down(self, entry: JournalEntry) -> None:
         try:
             await self._journal.add(entry)
         except JournalError as error:
             self._metrics.journal_failed()
             log.error("%s of %s is in memory alone: %s", entry.verb, entry.reservation, error)
-        finally:
-            written.set()
-        await self._until_done(entry)
 
     async def _until_done(self, entry: JournalEntry, *, again: bool = False) -> None:
         pause_s = _RETRY_FIRST_S
@@ -440,7 +505,8 @@ class CreditEngine:
                 await self._end_once(entry, again=again)
             except StoreError as error:
                 # Also a store that answers and refuses: full, read-only, busy. It may take the call later.
-                log.warning("the store did not take a %s yet: %s", entry.verb, error)
+                level = logging.WARNING if pause_s == _RETRY_FIRST_S else logging.DEBUG
+                log.log(level, "the store did not take the %s of %s yet: %s", entry.verb, entry.reservation, error)
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, _RETRY_MOST_S)
                 continue
@@ -486,7 +552,7 @@ class CreditEngine:
     async def _expire(self, reservation: str, account: str) -> bool:
         try:
             settlement = await scripts.release(self._store, account, reservation, "expire")
-        except EngineError as error:
+        except (EngineError, StoreRefused) as error:
             log.error("the lease of %s ran out and cannot be ended: %s", reservation, error)
             return False
         if settlement is None or settlement.repeated:

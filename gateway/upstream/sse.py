@@ -27,6 +27,8 @@ _STRING = rb'\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"'
 _TEXT_OUTPUT = re.compile(rb'"text"' + _STRING)
 _CHAT_OUTPUT = re.compile(rb'"(?:content|reasoning|refusal|arguments|name|input)"' + _STRING)
 _CHAT_OUTPUT_OLD = re.compile(rb'"(?:content|reasoning_content|refusal|arguments|name|input)"' + _STRING)
+_REASONING = re.compile(rb'"reasoning"\s*:\s*"[^"]')
+_OTHER_OUTPUT = re.compile(rb'"(?:content|thinking|arguments|input|reasoning_details)"\s*:\s*([\[{]\s*["{\[0-9])')
 _DONE = re.compile(rb"^data:\s*\[DONE\]", re.MULTILINE)
 _EVENT_END = re.compile(rb"\r?\n\r?\n|\r\r")
 
@@ -66,7 +68,7 @@ class EventStream:
         self._waiting: list[bytes] = []
         self._wanted = 0
         self._held = b""
-        self._held_with = b""
+        self._held_with = bytearray()
         self._before_last = b""
         self._tail = b""
         self._usage: Usage | None = None
@@ -165,7 +167,7 @@ class EventStream:
             if index not in self._closed
         ]
         self._before_last = b"".join((self._held, self._held_with, *finishes))
-        self._held = self._held_with = b""
+        self._held, self._held_with = b"", bytearray()
         if self._ask.wants_usage:
             self._held = _event_of({**frame, "choices": [], "usage": _usage_of(self.tokens(complete=False))})
         self._tail = b"data: [DONE]\n\n"
@@ -246,9 +248,11 @@ class EventStream:
         if self._ask.operation != "chat":
             found = _TEXT_OUTPUT.findall(block)
         else:
-            old = b'"reasoning_content"' in block and b'"reasoning"' not in block
+            old = b'"reasoning_content"' in block and not _REASONING.search(block)
             found = (_CHAT_OUTPUT_OLD if old else _CHAT_OUTPUT).findall(block)
-        return [text for text in found if text]
+        texts = [text for text in found if text]
+        # What is said in no text that is known here is output all the same.
+        return texts or _OTHER_OUTPUT.findall(block)
 
     def _follow(self, event: bytes, texts: list[bytes]) -> bytes:
         """What to hand out when event has come, which may hold usage or be the last."""
@@ -261,6 +265,8 @@ class EventStream:
         self._count.add(texts)  # now, because one that is kept back may be the whole answer
         if self._held and b"data:" not in event:
             self._held_with += event  # a comment does not part the usage from the end
+            if len(self._held_with) > MAX_EVENT_BYTES:
+                raise BrokenStream("comments without end")
             return b""
         released = self._release_held()
         if _USAGE.search(event) or b'"error"' in event or _FINISHED.search(event):
@@ -274,7 +280,7 @@ class EventStream:
     def _release_held(self) -> bytes:
         """The report of usage that turns out not to be the last."""
         held, self._held = self._held, b""
-        held_with, self._held_with = self._held_with, b""
+        held_with, self._held_with = bytes(self._held_with), bytearray()
         if held and self._running_usage and isinstance(document := _json_of(held), dict):
             held = self._without_running_usage(document, held)
         return held + held_with

@@ -133,6 +133,7 @@ async def test_verify_agrees_until_something_is_changed_and_names_it_then(
         "entries": 6,
         "mismatches": [],
         "unchecked": [],
+        "lost": [],
     }
     assert text_of(gateway, "ledger", "verify", "alice") == "ok: 4 entries of 1 accounts agree\n"
 

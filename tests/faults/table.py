@@ -72,7 +72,8 @@ FAULTS = (
     Fault(
         "store killed",
         "store killed (SIGKILL), `appendfsync everysec`",
-        "its answer; 503 `quota_store_unavailable` until it is back",
+        "its answer; 503 `quota_store_unavailable` until it is back. A stream that needs more than it holds waits "
+        "10 s, then ends in an error event; what was sent is charged",
         "nothing: settlements wait in the journal and land once",
         "test_store_faults.py::test_a_store_killed_mid_stream_and_while_settling_loses_nothing",
     ),

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import secrets
+import signal
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, closing
@@ -14,6 +16,7 @@ import psycopg
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.credits import archive as archive_module
 from gateway.credits import archiver as archiver_module
 from gateway.credits.archive import Archive, ArchiveError, Period
 from gateway.credits.archiver import Archiver, ForeignArchive, archiving
@@ -387,6 +390,27 @@ async def test_tables_of_another_version_are_not_touched(
 def test_a_url_that_names_no_archive(wrong: str, tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match=r"archive\.url is sqlite, sqlite:///absolute/path or a postgresql:// URL"):
         Archive(wrong, tmp_path)
+
+
+async def test_a_database_server_that_hangs_holds_nobody(
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = new_database(cluster)
+    make_database(url)
+    monkeypatch.setattr(archive_module, "_ANSWER_S", 0.3)
+    monkeypatch.setattr(archive_module, "_CLOSE_S", 0.3)
+    archive = Archive(url, tmp_path)
+    await archive.open()
+    [(pid,)] = sql(
+        url, "SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname = current_database()"
+    )
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(ArchiveError, match="does not answer"):
+            await archive.conflicts()
+        await archive.close()
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def test_postgresql_without_its_driver_names_the_extra(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ class Scene:
 
     async def window(self, **changes: int) -> None:
         """Change figures of the account's window."""
-        names = ("refresh", "end", "granted", "used", "held", "before", "epoch", "first", "adopted_epoch", "adopted")
+        names = ("refresh", "end", "granted", "used", "held", "before", "epoch", "first", "adopted", "epochs")
         text = (await self.store.call("HGET", account_key(ACCOUNT), "w1")).decode()
         figures = dict(zip(names, text.split("|"), strict=True)) | {name: str(nano) for name, nano in changes.items()}
         await self.store.call("HSET", account_key(ACCOUNT), "w1", "|".join(figures.values()))

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from gateway.credits.keyspace import shard_keys
 from gateway.credits.operator import Operator
 from gateway.credits.service import LEASE_MS, CreditEngine, Identity, Refused, RepeatKey, Reservation
 from gateway.credits.store import Store
@@ -94,14 +95,15 @@ async def test_a_request_that_was_not_charged_may_be_sent_again(
 ) -> None:
     voided = await hold(engine, acme, 1_000, repeat=KEY)
     await engine.void(voided)
-    assert await again(engine, acme, OTHER_BODY) == Repeated("other_body")
+    assert isinstance(await again(engine, acme, OTHER_BODY), Reservation)  # whatever comes with the key then
     second = await hold(engine, acme, 1_000, repeat=KEY)
     assert await again(engine, acme) == Repeated("in_progress", second.id, 0)
     await settle(engine, second, 900)
     await operator.refund_request(ACCOUNT, second.id)
-    third = await hold(engine, acme, 1_000, repeat=KEY)
+    assert await again(engine, acme) == Repeated("answered", second.id, 900)  # a refund does not undo the answer
+    third = await hold(engine, acme, 1_000, repeat=OTHER_KEY)
     await settle(engine, third, 0)
-    assert await again(engine, acme) == Repeated("answered", third.id, 0)  # it was answered, if for nothing
+    assert await again(engine, acme, OTHER_KEY) == Repeated("answered", third.id, 0)  # answered, if for nothing
 
 
 @pytest.mark.parametrize("seen", [0, 700])
@@ -141,3 +143,35 @@ async def test_a_revoked_key_is_refused_before_anything_is_said_of_a_repeat(
     await operator.revoke_key(acme.key_id)
     assert isinstance(await again(engine, acme), Refused)
     await engine.void(first)
+
+
+async def test_a_void_forgets_the_key_and_leaves_nothing_to_sweep(
+    engine: CreditEngine, store: Store, acme: Identity
+) -> None:
+    keys = shard_keys(SHARD)
+    before = await store.call("HLEN", keys.records), await store.call("ZCARD", keys.due)
+    await engine.void(await hold(engine, acme, 1_000, repeat=KEY))
+    added = await store.call("HLEN", keys.records), await store.call("ZCARD", keys.due)
+    assert added == (before[0] + 1, before[1] + 1)  # the voided reservation's own
+
+
+async def test_a_late_void_does_not_forget_the_request_that_came_after(
+    engine: CreditEngine, operator: Operator, acme: Identity, clock: MovableClock
+) -> None:
+    first = await hold(engine, acme, 1_000, repeat=KEY)
+    clock.move(LEASE_MS)
+    assert await engine.expire_due(SHARD) == 1
+    second = await hold(engine, acme, 1_000, repeat=KEY)
+    await engine.void(first)
+    assert await again(engine, acme) == Repeated("in_progress", second.id, 0)
+    await engine.void(second)
+    assert isinstance(await again(engine, acme, OTHER_BODY), Reservation)
+
+
+async def test_a_key_whose_reservation_the_store_has_lost_is_new(
+    engine: CreditEngine, store: Store, acme: Identity
+) -> None:
+    first = await hold(engine, acme, 1_000, repeat=KEY)
+    await settle(engine, first, 0)
+    await store.call("HDEL", shard_keys(SHARD).records, first.id)
+    assert isinstance(await again(engine, acme), Reservation)

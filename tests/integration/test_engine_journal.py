@@ -20,6 +20,7 @@ from tests.conftest import PLANS, TimedServer
 from tests.engine_calls import (
     ACCOUNT,
     CREDIT,
+    HOUR_MS,
     SHARD,
     check_books,
     extend,
@@ -130,7 +131,7 @@ async def test_a_request_whose_reservation_the_store_lost_is_charged_all_the_sam
     held = await hold(engine, acme, 1)
     await settle(engine, held, 0)  # so that nothing is held, and then it is as if it had never been
     await lose(store, held.id)
-    clock.move(DAY_MS // 4)
+    clock.move(HOUR_MS - 1)
     settlement = await settle(engine, held, cost, "note")
     assert (settlement.from_allowance_nano, settlement.from_balance_nano, settlement.written_off_nano) == paid
     assert settlement.repeated is False
@@ -159,9 +160,10 @@ async def test_a_lost_reservation_is_charged_at_the_rate_that_it_was_made_at(
 async def test_a_lost_reservation_that_crosses_midnight_counts_in_the_window_of_now(
     engine: CreditEngine, operator: Operator, store: Store, acme: Identity, clock: MovableClock
 ) -> None:
+    clock.move(11 * HOUR_MS)  # half an hour before it
     held = await spend(engine, acme, 1)
     await lose(store, held.id)
-    clock.move(DAY_MS // 2)
+    clock.move(HOUR_MS - 1)
     await spend(engine, acme, 10)
     await settle(engine, held, 30_000_000)
     assert (await operator.funds(ACCOUNT)).used_nano == 30_000_010
@@ -170,11 +172,11 @@ async def test_a_lost_reservation_that_crosses_midnight_counts_in_the_window_of_
     await check_books(store)
 
 
-async def test_one_made_a_day_ago_may_have_been_forgotten_and_is_not_charged_again(
+async def test_one_made_an_hour_ago_may_have_been_forgotten_and_is_not_charged_again(
     engine: CreditEngine, operator: Operator, store: Store, acme: Identity, clock: MovableClock
 ) -> None:
     held = await spend(engine, acme, 10)
-    clock.move(DAY_MS - 1)
+    clock.move(HOUR_MS - 1)
     await lose(store, held.id)
     other = await hold(engine, acme, 5)
     clock.move(1)
@@ -214,6 +216,7 @@ async def test_a_settlement_of_an_answer_that_outlived_its_lost_reservation_is_w
     held = await spend(engine, acme, 1)
     await lose(store, held.id)
     await extend(engine, held, 60_000_000, seen=10)
+    assert held.reserved.payg_nano == 60_000_000
     await settle(engine, held, 55_000_000)
     kind, id_, postings = await last_entry(store)
     assert (kind, id_, postings[f"used:{DAY_MS}"]) == ("settle", held.id, 55_000_000)

@@ -19,6 +19,7 @@ from gateway.telemetry.metrics import Metrics
 from tests.conftest import PLANS as BASE_PLANS
 from tests.engine_calls import (
     ACCOUNT,
+    HOUR_MS,
     SHARD,
     check_books,
     extend,
@@ -308,13 +309,74 @@ async def test_nothing_is_ended_for_an_account_or_a_reservation_that_is_not_ther
 
 
 async def test_the_gateway_that_comes_back_takes_its_stream_to_the_end(
-    engine: CreditEngine, operator: Operator, acme: Identity, clock: MovableClock
+    engine: CreditEngine, operator: Operator, store: Store, acme: Identity, clock: MovableClock
 ) -> None:
-    """It was only away: what it could not renew was charged as seen, and its own word on the cost is the last."""
+    """It was only away: what was charged meanwhile is held again, and its own word on the cost is the last."""
+    await operator.credit(ACCOUNT, 20_000_000, "grant")
+    held = await hold(engine, acme, 105_000_000)
+    await extend(engine, held, 0, seen=130_000_000)
+    await lose(engine, clock)
+    await extend(engine, held, 110_000_000, seen=131_000_000)
+    funds = await operator.funds(ACCOUNT)
+    assert (funds.used_nano, funds.held_nano, funds.balance_nano, funds.balance_held_nano) == (
+        *(0, 100_000_000),
+        *(20_000_000, 20_000_000),
+    )
+    kind, id_, postings = await last_entry(store)
+    assert (kind, id_, postings["written_off"]) == ("reopen", held.id, -10_000_000)
+    assert ((await ledger(store))[-1]["model"], (await ledger(store))[-1]["key"]) == ("model", acme.key_id)
+    await check_books(store)
+    clock.move(LEASE_MS - 1)
+    assert await engine.expire_due(SHARD) == 0
+    assert (await settle(engine, held, 61_000_000)).from_allowance_nano == 61_000_000
+    assert engine.open_reservations == 0
+    await check_books(store)
+
+
+async def test_one_that_is_opened_again_grows_from_what_it_was_charged(
+    engine: CreditEngine, operator: Operator, store: Store, acme: Identity, clock: MovableClock
+) -> None:
     held = await hold(engine, acme, 40_000_000)
     await extend(engine, held, 0, seen=15_000_000)
     await lose(engine, clock)
-    await extend(engine, held, 60_000_000, seen=16_000_000)
-    assert (await operator.funds(ACCOUNT)).held_nano == 0
-    assert (await settle(engine, held, 61_000_000)).from_allowance_nano == 61_000_000
-    assert engine.open_reservations == 0
+    other = await hold(engine, acme, 70_000_000)
+    await extend(engine, held, 40_000_000, seen=15_000_000)
+    assert (await operator.funds(ACCOUNT)).held_nano == 100_000_000  # 15 again, and 15 more that were free
+    await engine.void(other)
+    await extend(engine, held, 60_000_000, seen=15_000_000)
+    assert (await operator.funds(ACCOUNT)).held_nano == 60_000_000
+    await lose(engine, clock)
+    assert (await operator.funds(ACCOUNT)).used_nano == 15_000_000
+    await check_books(store)
+
+
+@pytest.mark.parametrize("skew_ms", [60_001, -60_001])
+async def test_a_store_whose_clock_has_jumped_ends_nobodys_lease(
+    engine: CreditEngine,
+    operator: Operator,
+    acme: Identity,
+    clock: MovableClock,
+    monkeypatch: pytest.MonkeyPatch,
+    skew_ms: int,
+) -> None:
+    await hold(engine, acme, 1_000)
+    clock.move(LEASE_MS)
+    monkeypatch.setattr(scripts, "_gateway_ms", lambda: clock.now_ms() + skew_ms)
+    assert await engine.expire_due(SHARD) == 0
+    assert (await operator.funds(ACCOUNT)).held_nano == 1_000
+    monkeypatch.setattr(scripts, "_gateway_ms", lambda: clock.now_ms() + skew_ms // 2)
+    assert await engine.expire_due(SHARD) == 1
+
+
+async def test_a_voided_reservation_is_forgotten_after_an_hour(
+    engine: CreditEngine, operator: Operator, acme: Identity, clock: MovableClock
+) -> None:
+    held = await hold(engine, acme, 1_000)
+    await engine.void(held)
+    clock.move(HOUR_MS - 1)
+    await engine.expire_due(SHARD)
+    assert (await operator.void_reservation(held.id)).repeated
+    clock.move(1)
+    await engine.expire_due(SHARD)
+    with pytest.raises(UnknownReservation):
+        await operator.void_reservation(held.id)

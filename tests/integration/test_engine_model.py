@@ -276,6 +276,7 @@ class EngineMachine(RuleBasedStateMachine):
         lease_ms=LEASES_MS,
         skew_ms=st.sampled_from([0, 0, 0, 60_001]),
         later_ms=st.sampled_from([None, None, None, 0, 1, HOUR_MS]),
+        whatever=st.booleans(),
     )
     def extend(
         self,
@@ -285,9 +286,10 @@ class EngineMachine(RuleBasedStateMachine):
         lease_ms: int,
         skew_ms: int,
         later_ms: int | None,
+        whatever: bool,
     ) -> None:
-        """Perhaps in the next window."""
-        made = self._open(back)
+        """Perhaps in the next window, perhaps one whose lease has run out."""
+        made = self._made(back) if whatever else self._open(back)
         account, rate = self.model.accounts[made.account], made.plan.rate_ppm
         if later_ms is not None:
             self._set_clock(max(self.model.now_ms, account.first_end_ms) + later_ms)
@@ -330,7 +332,7 @@ class EngineMachine(RuleBasedStateMachine):
             lambda: self.model.refund(name, operation_id, made.id, "note"),
         )
 
-    @rule(name=NAMES, amount=AMOUNTS, age_ms=st.sampled_from([0, DAY_MS - 1, DAY_MS, 2 * DAY_MS]))
+    @rule(name=NAMES, amount=AMOUNTS, age_ms=st.sampled_from([0, HOUR_MS - 1, HOUR_MS, 2 * DAY_MS]))
     def settle_what_the_store_has_lost(self, name: str, amount: tuple[str, int], age_ms: int) -> None:
         made = self._new(name, self._plan_of(name), *amount)
         created_ms = self.model.now_ms - age_ms
@@ -345,7 +347,9 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(shard=st.sampled_from(SHARDS), limit=st.sampled_from([1, 2, 100]))
     def reap(self, shard: int, limit: int) -> None:
-        found = self.both(scripts.due(self.store, shard, limit), lambda: self.model.due(shard, limit))
+        found = self.both(
+            scripts.due(self.store, shard, limit), lambda: self.model.due(shard, limit, self.model.now_ms)
+        )
         assert not isinstance(found, EngineError)
         for reservation, name in found[1]:
             self._release(name, reservation, "expire")

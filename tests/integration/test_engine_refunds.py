@@ -225,3 +225,16 @@ async def test_an_accounts_time_never_goes_behind_an_operation(
             await operator.set_plan(ACCOUNT, "professional")
     clock.move(-1_000)
     assert (await operator.funds(ACCOUNT)).now_ms == seen_ms
+
+
+async def test_no_request_is_refunded_with_prepaid_credits_that_came_back_before(
+    engine: CreditEngine, operator: Operator, store: Store, acme: Identity
+) -> None:
+    await operator.credit(ACCOUNT, 50_000_000, "grant")
+    held, free = await spend(engine, acme, 130_000_000), await spend(engine, acme, 5_000_000)
+    await operator.credit(ACCOUNT, 10_000_000, "refund")
+    with pytest.raises(Rejected, match=r"at most 0\.025 credits were charged to the balance and not refunded"):
+        await operator.refund_request(ACCOUNT, held.id)
+    assert (await operator.refund_request(ACCOUNT, free.id)).from_balance_nano == 5_000_000
+    assert (await operator.funds(ACCOUNT)).balance_nano == 30_000_000
+    await check_books(store)

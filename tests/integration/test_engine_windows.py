@@ -205,7 +205,7 @@ async def test_what_is_held_stays_held_through_a_change_of_windows(
     # Once more, while the first change's holds are in flight.
     again = await reconfigure(engine, store, SHIFT, DAY)
     await spend(engine, acme, 1)
-    assert held(await again.funds(ACCOUNT)) == [250, 250]  # as many as one of the windows before knew of
+    assert held(await again.funds(ACCOUNT)) == [300, 300]
     for request, cost in ((one, 150), (other, 50), (third, 20)):
         assert (await settle(engine, request, cost)).from_allowance_nano == cost
         await check_books(store)
@@ -290,19 +290,21 @@ async def test_a_window_of_a_plan_that_was_left_twice_still_counts_the_holds_in_
     await check_books(store)
 
 
-async def test_of_two_windows_that_hold_the_larger_hold_is_taken_over(
+async def test_a_window_takes_over_what_was_held_in_it_and_what_that_one_had_taken_over(
     engine: CreditEngine, operator: Operator, store: Store
 ) -> None:
     identity = await new_identity(operator, engine, ACCOUNT, "shifts")
     old = await hold(engine, identity, 600)
     await operator.set_plan(ACCOUNT, "daily")
     new = await hold(engine, identity, 100)
-    funds = await operator.set_plan(ACCOUNT, "shifts")
-    assert held(funds) == [600]
-    await check_books(store, lowered=True)
+    assert held(await operator.set_plan(ACCOUNT, "shifts")) == [700]
+    await check_books(store)
     await settle(engine, new, 100)
-    await settle(engine, old, 600)
-    await check_books(store, lowered=True)
+    assert held(await operator.set_plan(ACCOUNT, "daily")) == [600]
+    await settle(engine, old, 550)
+    funds = await operator.funds(ACCOUNT)
+    assert (used(funds), held(funds)) == ([650], [0])
+    await check_books(store)
 
 
 async def test_no_refresh_is_made_by_a_plan_change_while_the_clocks_differ(

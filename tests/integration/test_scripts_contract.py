@@ -32,7 +32,7 @@ CALLS: dict[str, tuple[tuple[str, ...], tuple[str | int, ...], int | None]] = {
     "extend": (MONEY_KEYS, (ACCOUNT, ID, 9, 9, 1, 1, "note", 60_000, NOW_MS, "standard", *TERMS), 13),
     "settle": (MONEY_KEYS, (ACCOUNT, ID, 5, 5, "note", NOW_MS, "", "model", "standard", *TERMS), 12),
     "release": (MONEY_KEYS, (ACCOUNT, ID, "void"), None),
-    "due": (SHARD_KEYS, (10,), None),
+    "due": (SHARD_KEYS, (10, NOW_MS), None),
     "set_plan": (MONEY_KEYS, (ACCOUNT, "op", 0, NOW_MS, "standard", *TERMS), 8),
     "credit": (MONEY_KEYS, (ACCOUNT, "op", "grant", 5, "note"), None),
     "refund": (MONEY_KEYS, (ACCOUNT, "op", ID, "note"), None),
@@ -44,7 +44,7 @@ NUMBERS = [
     *[("extend", at) for at in (2, 3, 4, 5, 7, 8)],
     *[("settle", at) for at in (2, 3, 5)],
     *[("set_plan", at) for at in (2, 3)],
-    ("due", 0),
+    *[("due", at) for at in (0, 1)],
     ("credit", 3),
     *[(name, first_term + at) for name, first_term in (("create", 2), ("show", 1)) for at in (0, 4, 5)],
 ]

@@ -30,11 +30,8 @@ if kind == 'deduct' then
 elseif account.balance + amount > MAX_NANO then
   return {'too_large', digits(MAX_NANO - account.balance)}
 end
-if kind == 'refund' then
-  -- Lifetime sums may pass 2^53; their difference is then off by a few nano, in nobody's favour for long.
-  local spent = tonumber(redis.call('HGET', KEYS[1], 'total_spent') or '0')
-  local refunded = tonumber(redis.call('HGET', KEYS[1], 'total_refunded') or '0')
-  if amount > spent - refunded then return {'exceeds_spent', digits(spent - refunded)} end
+if kind == 'refund' and amount > refundable_balance(KEYS[1]) then
+  return {'exceeds_spent', digits(refundable_balance(KEYS[1]))}
 end
 
 -- Write

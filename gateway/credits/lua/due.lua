@@ -2,12 +2,15 @@
 --[[ due: what the reaper has to do in one shard; forgets ended records whose retention is over.
 
 KEYS  1 shard's records   2 shard's due set
-ARGV  1 most ids to look at in one call
-Returns {ids looked at, id, account, id, account, …}: the open reservations whose lease has run out ]]
+ARGV  1 most ids to look at in one call   2 the gateway's clock (ms)
+Returns {ids looked at, id, account, id, account, …}: the open reservations whose lease has run out
+
+Nothing is done while the two clocks differ: a store whose clock has jumped must not end every lease. ]]
 --#include number window account reservation
 
-assert(#KEYS == 2 and #ARGV == 1, 'due takes 2 keys and 1 argument')
+assert(#KEYS == 2 and #ARGV == 2, 'due takes 2 keys and 2 arguments')
 local limit = whole(ARGV[1], 'limit')
+if clocks_differ(whole(ARGV[2], 'gateway clock')) then return {'0'} end
 
 local ids = redis.call('ZRANGEBYSCORE', KEYS[2], 1, digits(store_ms()), 'LIMIT', 0, limit)
 local reply = {digits(#ids)}

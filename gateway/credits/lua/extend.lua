@@ -10,10 +10,12 @@ Returns {'extended', from allowance, from balance, list-price cost covered, fund
           than was wanted where credits ran short
         {'ended', state, funds…}: the reservation is over   {'unknown_account'} | {'unknown_reservation'}
 
+One whose lease has run out is opened again: what its expiry charged is taken back, and held again.
+
 A repeat changes nothing: what is wanted is a total, and nothing is ever given back here. The hold grows at the rate
 that was pinned by the reservation, from the windows of now. Where a refresh is due that this call may not make (the
 account has left the plan, or the clocks of gateway and store differ), it grows from the balance alone. ]]
---#include number window ledger account plan reservation
+--#include number window ledger account plan reservation charge
 
 assert(#KEYS == 4 and #ARGV >= 13, 'extend takes 4 keys and at least 13 arguments')
 local name, id = ARGV[1], ARGV[2]
@@ -34,7 +36,16 @@ if not record or record.account ~= name then return {'unknown_reservation'} end
 local now = account_ms(account)
 
 -- Check
-if record.state ~= 'open' then return funds(account, terms, now, {'ended', record.state}) end
+if record.state ~= 'open' and record.state ~= 'expired' then
+  return funds(account, terms, now, {'ended', record.state})
+end
+if record.state == 'expired' then
+  local postings = {}
+  uncharge(account, record, postings)
+  add_entry(account, 'reopen', id, postings, {'model', record.model, 'key', record.key})
+  record.state, record.written_off, record.expires = 'open', 0, now
+  record.payg = covered_by(parts_sum(record.parts), record.rate, record.payg) + record.from_balance
+end
 local more_allowance, more_balance = 0, 0
 if wanted > record.payg then
   if account.plan == plan and not skewed(account, now, gateway_ms) then roll(account, terms, now) end

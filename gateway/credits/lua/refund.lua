@@ -5,6 +5,7 @@ KEYS  1 account hash   2 shard's records   3 shard's due set   4 shard's ledger
 ARGV  1 account   2 operation id   3 reservation id   4 note for the ledger
 Returns {'refunded', id, from allowance, from balance, written off, repeated (0/1)}: what it had been charged
         {'not_settled', state}: the reservation is still open, or cost nothing
+        {'exceeds_spent', most that could be refunded (nano)}: no more comes back than prepaid credits ever paid
         {'conflict'}: the operation id was used for something else
         {'unknown_account'} | {'unknown_reservation'}: also one whose record was forgotten, 24 h after its end
 
@@ -27,6 +28,8 @@ if state == 'conflict' then return {'conflict'} end
 if not record or record.account ~= name then return {'unknown_reservation'} end
 if record.state == 'refunded' then return ended_reply(id, 'refunded', record, true) end
 if record.state ~= 'settled' and record.state ~= 'expired' then return {'not_settled', record.state} end
+local refundable = refundable_balance(KEYS[1])
+if record.from_balance > refundable then return {'exceeds_spent', digits(refundable)} end
 
 -- Write
 local postings = {}

@@ -12,7 +12,7 @@ A voided one costs nothing and is over; if it had expired, what that charged is 
 its plan says (on_lost): what it was seen to cost, its whole hold, or nothing; it keeps its record, so that a late
 settlement still lands once. What an earlier window's hold leaves lapses. The window is not rolled: nothing here needs
 it. ]]
---#include number window ledger account plan reservation charge
+--#include number window ledger account plan reservation idempotency charge
 
 assert(#KEYS == 4 and #ARGV == 3, 'release takes 4 keys and 3 arguments')
 local name, id, verb = ARGV[1], ARGV[2], ARGV[3]
@@ -47,6 +47,7 @@ remember_time(account, now)
 save_account(account, KEYS[4], name, now)
 if verb == 'void' then
   write_ended(KEYS[2], KEYS[3], id, 'voided', name, charged, now)
+  forget_request(KEYS[2], KEYS[3], name, record.asked, id)
   return ended_reply(id, 'voided', charged, false)
 end
 record.state, record.expires = 'expired', now + RETENTION_MS

@@ -28,7 +28,7 @@ local lease = whole(ARGV[7], 'lease')
 local gateway_ms = whole(ARGV[8], 'gateway clock')
 local key, model, plan = ARGV[9], ARGV[10], ARGV[13]
 local terms = read_terms(14)
-local asked = table.concat({ARGV[3], ARGV[4], ARGV[5], ARGV[6]}, ',')
+local asked = table.concat({ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[11]}, ',')
 
 -- Read
 local account = load_account(KEYS[1])

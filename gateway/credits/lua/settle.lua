@@ -9,7 +9,7 @@ Returns {'settled' | 'voided' | 'refunded', id, from allowance, from balance, wr
         {'unknown_account'} | {'unknown_reservation'}
 
 Rate and payg that decide here are those of the reservation, pinned when it was made; the terms serve to show funds as
-of now, and for a reservation that the store has lost: one made less than 24 h ago must have a record, so if there is
+of now, and for a reservation that the store has lost: one made less than an hour ago must have a record, so if there is
 none a failover has lost it, and the cost is charged without a hold. An expired one was charged for what was seen of it:
 that is taken back, and the actual cost charged instead. A repeat answers what was stored.
 
@@ -33,7 +33,7 @@ local now = account_ms(account)
 -- Check
 if record and record.account ~= name then return {'unknown_reservation'} end
 if not record then
-  if now >= created + RETENTION_MS then return {'unknown_reservation'} end
+  if now >= created + VOIDED_RETENTION_MS then return {'unknown_reservation'} end
   record = {
     state = 'lost', parts = {}, from_balance = 0, rate = terms.rate, payg_allowed = terms.payg, created = created,
     key = ARGV[7], model = ARGV[8]

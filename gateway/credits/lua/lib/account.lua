@@ -17,23 +17,29 @@ local NUMBERS = {'plan_version', 'balance', 'balance_held', 'day', 'day_used', '
 -- before                  nano that open reservations of ended windows of this length still hold
 -- epoch                   this window's number
 -- first                   number of the first window of this length since the plan has it
--- adopted_epoch, adopted  the window that this one replaced at a change of plan, and what was held in it, nano
-local WINDOW = {'refresh', 'finish', 'granted', 'used', 'held', 'before', 'epoch', 'first', 'adopted_epoch', 'adopted'}
+-- adopted                 nano held in the window that this one replaced at a change of plan, and by what that adopted
+-- adopted_epochs          the numbers of those windows, with commas between: the last of a window's fields
+local WINDOW = {'refresh', 'finish', 'granted', 'used', 'held', 'before', 'epoch', 'first', 'adopted'}
 local WINDOW_FIELDS = {'w1', 'w2', 'w3', 'w4'}
 
 local function read_window(text)
-  local window, i = {}, 0
+  local window, i = {adopted_epochs = {}}, 0
   for part in string.gmatch(text, '%d+') do
     i = i + 1
-    window[WINDOW[i]] = tonumber(part)
+    if WINDOW[i] then
+      window[WINDOW[i]] = tonumber(part)
+    else
+      window.adopted_epochs[i - #WINDOW] = tonumber(part)
+    end
   end
   return window
 end
 
 local function window_text(window)
-  local parts = {}
+  local parts, epochs = {}, {}
   for i, name in ipairs(WINDOW) do parts[i] = digits(window[name]) end
-  return table.concat(parts, '|')
+  for i, epoch in ipairs(window.adopted_epochs) do epochs[i] = digits(epoch) end
+  return table.concat(parts, '|') .. '|' .. table.concat(epochs, ',')
 end
 
 local function new_account(key, plan)
@@ -115,8 +121,12 @@ end
 -- The gateway's clock and the store's differ by more than a minute: one of them is wrong, and a wrong store
 -- clock (a failed-over replica, say) must not be allowed to refresh anyone's allowance.
 local MAX_SKEW_MS = 60000
+local function clocks_differ(gateway_ms)
+  return math.abs(store_ms() - gateway_ms) > MAX_SKEW_MS
+end
+
 local function skewed(account, now, gateway_ms)
-  return now >= first_finish(account) and math.abs(store_ms() - gateway_ms) > MAX_SKEW_MS
+  return #account.windows > 0 and now >= first_finish(account) and clocks_differ(gateway_ms)
 end
 
 local function window_free(window)

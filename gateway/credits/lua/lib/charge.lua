@@ -18,9 +18,11 @@ local function use_part(account, record, part, used, sign, postings)
   for _, window in ipairs(account.windows) do
     local holder, book = holder_of(window, part), tostring(window.refresh)
     if holder == 'held' or holder == 'adopted' then
-      window.used = window.used + sign * used
-      post(postings, 'window:' .. book, -sign * used)
-      post(postings, 'used:' .. book, sign * used)
+      -- A window that took another's place has not seen all that was used in that one.
+      local change = math.max(sign * used, -window.used)
+      window.used = window.used + change
+      post(postings, 'window:' .. book, -change)
+      post(postings, 'used:' .. book, change)
       today = true
     elseif holder == 'before' then
       post(postings, 'before:' .. book, -sign * part.amount)
@@ -36,7 +38,7 @@ local function use_part(account, record, part, used, sign, postings)
       post(postings, 'used:' .. tostring(span.refresh), sign * used)
     end
   end
-  if today then account.day_used = account.day_used + sign * used end
+  if today then account.day_used = math.max(0, account.day_used + sign * used) end
 end
 
 local function use_now(account, nano, charged, postings)

@@ -12,7 +12,7 @@ local function earlier_request(records, name, key_hash, body_hash)
   local body, id = string.match(text, '^(.*)|(.*)$')
   if body ~= body_hash then return {'other_body'} end
   local record = read_record(records, id)
-  if not record or record.state == 'voided' or record.state == 'refunded' then return nil end
+  if not record then return nil end
   if record.state == 'open' then return {'in_progress', id, '0'} end
   local cost = parts_sum(record.parts) + record.from_balance + record.written_off
   if record.state == 'expired' and cost == 0 then return nil end
@@ -24,4 +24,13 @@ local function remember_request(records, due, name, key_hash, body_hash, id, now
   local member = idempotency_member(name, key_hash)
   redis.call('HSET', records, member, body_hash .. '|' .. id)
   redis.call('ZADD', due, digits(now + RETENTION_MS), member)
+end
+
+-- A request that cost nothing may come again. asked: its record's, which ends with the key's hash.
+local function forget_request(records, due, name, asked, id)
+  local member = idempotency_member(name, string.match(asked, '[^,]*$'))
+  local text = redis.call('HGET', records, member)
+  if not text or string.match(text, '[^|]*$') ~= id then return end
+  redis.call('HDEL', records, member)
+  redis.call('ZREM', due, member)
 end

@@ -10,6 +10,13 @@ local function operation_state(records, name, id, kind, parameters)
   return text == table.concat({kind, name, parameters}, '|') and 'repeated' or 'conflict'
 end
 
+-- What prepaid credits were charged and not given back yet, nano. Lifetime sums may pass 2^53; their difference is then
+-- off by a few nano, in nobody's favour for long.
+local function refundable_balance(account_key)
+  local sums = redis.call('HMGET', account_key, 'total_spent', 'total_refunded')
+  return tonumber(sums[1] or '0') - tonumber(sums[2] or '0')
+end
+
 local function write_operation(records, due, name, id, kind, parameters, now)
   local member = 'op:' .. name .. ':' .. id
   redis.call('HSET', records, member, table.concat({kind, name, parameters}, '|'))

@@ -25,7 +25,7 @@ local function new_window(account, term, now)
   account.epoch = account.epoch + 1
   return {
     refresh = term.refresh, finish = finish, granted = grant, used = 0, held = 0, before = 0, epoch = account.epoch,
-    first = account.epoch, adopted_epoch = 0, adopted = 0
+    first = account.epoch, adopted = 0, adopted_epochs = {}
   }
 end
 
@@ -55,9 +55,12 @@ local function first_window(account, term, now, old)
     if now < window.finish and (covers or not parent) then parent = window end
   end
   if parent then
-    opened.adopted_epoch, opened.adopted = parent.epoch, parent.held
-    if parent.adopted > parent.held then
-      opened.adopted_epoch, opened.adopted = parent.adopted_epoch, parent.adopted
+    opened.adopted = parent.held + parent.adopted
+    if parent.held > 0 then opened.adopted_epochs[1] = parent.epoch end
+    if parent.adopted > 0 then
+      for _, epoch in ipairs(parent.adopted_epochs) do
+        opened.adopted_epochs[#opened.adopted_epochs + 1] = epoch
+      end
     end
   end
   local book = tostring(term.refresh)

@@ -10,6 +10,7 @@
 -- seen_*: what the request was last seen to cost. Of an expired one, parts, from_balance and written_off are its charge.
 
 local RETENTION_MS = 86400000 -- ended records answer repeats for 24 h
+local VOIDED_RETENTION_MS = 3600000 -- those of requests that cost nothing, which anyone can make many of, for 1 h
 
 local function read_parts(text)
   local parts = {}
@@ -84,7 +85,7 @@ local function write_ended(records, due, id, state, account, charge, now)
   redis.call('HSET', records, id, table.concat({
     state, account, parts_text(charge.parts), digits(charge.from_balance), digits(charge.written_off)
   }, '|'))
-  redis.call('ZADD', due, digits(now + RETENTION_MS), id)
+  redis.call('ZADD', due, digits(now + (state == 'voided' and VOIDED_RETENTION_MS or RETENTION_MS)), id)
 end
 
 -- Which of a window's figures a part's hold is in: 'held', 'adopted', 'before', or nil for a later window of another
@@ -93,10 +94,9 @@ local function holder_of(window, part)
   local holder
   for _, span in ipairs(part.spans) do
     if span.epoch == window.epoch then return 'held' end
-    if span.epoch == window.adopted_epoch then
-      holder = 'adopted'
-    elseif span.refresh == window.refresh and span.epoch >= window.first then
-      holder = holder or 'before'
+    if span.refresh == window.refresh and span.epoch >= window.first then holder = holder or 'before' end
+    for _, epoch in ipairs(window.adopted_epochs) do
+      if span.epoch == epoch then holder = 'adopted' end
     end
   end
   return holder
