@@ -141,7 +141,7 @@ class CreditEngine:
         self._plans, self._default_plan = plans, default_plan
 
     async def close(self, timeout_s: float) -> int:
-        """Wait for calls in the background; the number that did not finish (their leases end them)."""
+        """Wait for calls in the background; the number that did not finish. What those had to say is in the journal."""
         if self._background:
             await asyncio.wait(self._background, timeout=timeout_s)
         left = list(self._background)
@@ -194,7 +194,6 @@ class CreditEngine:
         """
         reservation = reservation_id(identity.account, request)
         wanted = _Wanted(model, amount_femto, minimum_femto, minimum_femto if alone_femto is None else alone_femto)
-
         lost = False
 
         async def attempt() -> Reservation | Denied | Refused | Repeated | NotReserved:
@@ -280,7 +279,8 @@ class CreditEngine:
 
     async def extend(self, reservation: Reservation, target_femto: int, seen: Seen) -> Reservation:
         """Hold target_femto (list price) in all, as far as there are credits, and renew the lease; seen is what a
-        request costs that gets no further. reservation.reserved says what is held now: never less than before.
+        request costs that gets no further. reservation.reserved says what is held now: less than before only where the
+        store lost the hold, or ended it, and not all of it was to be had again.
 
         Raises StoreError: the hold may have grown, and is as it was as far as anybody here knows.
         """
@@ -305,12 +305,14 @@ class CreditEngine:
             return await self._hold_again(reservation, wanted)
         reservation.renewed_at = time.monotonic()
         if extended.open:
-            reservation.reserved = _grown(before, extended)
+            reservation.reserved = _held_now(reservation.id, extended)
             self._metrics.reserved(max(0, extended.held_nano - before.held_nano))
         return reservation
 
     async def _hold_again(self, reservation: Reservation, wanted: Cost) -> Reservation:
         """The store has lost a live reservation in a failover: hold for it what is free now. Raises StoreError."""
+        if reservation.id not in self._live:  # it ended meanwhile
+            return reservation
         outcome = await scripts.reserve(
             self._store,
             reservation.account,
@@ -327,6 +329,8 @@ class CreditEngine:
             raise StoreUnavailable(f"the store has lost {reservation.id}")
         log.warning("the store had lost %s, which is held again", reservation.id)
         reservation.reserved, reservation.renewed_at = outcome, time.monotonic()
+        if reservation.id not in self._live:  # it ended while this was under way, and the store knew nothing to end
+            self._take_back(reservation.account, reservation.id)
         return reservation
 
     async def keep_leases(self) -> None:
@@ -388,6 +392,8 @@ class CreditEngine:
             await self._end(JournalEntry("void", reservation.account, reservation.id))
         except StoreError as error:
             log.warning("voiding %s is put off: %s", reservation.id, error)
+        except UnknownReservation:
+            log.warning("the store has lost %s, which was to be voided: nothing is held for it", reservation.id)
 
     async def _end(self, entry: JournalEntry) -> Settlement | None:
         try:
@@ -578,12 +584,9 @@ class _Wanted:
     alone_femto: int
 
 
-def _grown(before: Reserved, extended: Extended) -> Reserved:
-    # Replies may overtake each other when a call is repeated: a hold only ever grows.
-    if extended.payg_nano < before.payg_nano:
-        return before
+def _held_now(reservation: str, extended: Extended) -> Reserved:
     return Reserved(
-        before.reservation_id,
+        reservation,
         extended.payg_nano,
         extended.from_allowance_nano,
         extended.from_balance_nano,

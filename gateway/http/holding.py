@@ -184,7 +184,7 @@ class StreamHold:
         output = min(self._wanted + self._slice, self._most)
         target_femto = self._input_femto + output * self._model.prices.output_femto
         await self._engine.extend(reservation, target_femto, self._seen())
-        self.covered = max(self.covered, self._covered_by(reservation.reserved.payg_nano))
+        self.covered = self._covered_by(reservation.reserved.payg_nano)
 
     def _say_answered(self) -> None:
         answered, self._answered = self._answered, asyncio.Event()

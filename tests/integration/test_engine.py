@@ -1,7 +1,7 @@
 """What the engine promises to those who use it, on a real store whose clock the tests move."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -31,20 +31,7 @@ from gateway.domain.price import FEMTO_PER_NANO
 from gateway.telemetry.metrics import Metrics
 from tests.conftest import PLANS, START_MS, TimedServer
 from tests.engine_calls import ACCOUNT, CREDIT, HOUR_MS, SHARD, denial, hold, ledger, new_identity, reserve
-from tests.servers import MovableClock, ValkeyServer, valkey_server
-
-
-@pytest.fixture
-async def acme(operator: Operator, engine: CreditEngine) -> Identity:
-    """On the standard plan: 0.1 credits a day, then prepaid ones."""
-    return await new_identity(operator, engine, ACCOUNT, "standard")
-
-
-@pytest.fixture
-def own_server() -> Iterator[ValkeyServer]:
-    """A server that the test may kill and pause, with every reply's write on disk."""
-    with valkey_server("--appendfsync", "always") as server:
-        yield server
+from tests.servers import MovableClock, ValkeyServer
 
 
 @pytest.fixture

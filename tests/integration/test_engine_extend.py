@@ -29,12 +29,6 @@ from tests.engine_calls import (
 from tests.servers import MovableClock
 
 
-@pytest.fixture
-async def acme(operator: Operator, engine: CreditEngine) -> Identity:
-    """On the standard plan: 0.1 credits a day, then prepaid ones."""
-    return await new_identity(operator, engine, ACCOUNT, "standard")
-
-
 def figures(held: Reservation) -> tuple[int, int, int]:
     """What a hold covers, and where that comes from."""
     return held.reserved.payg_nano, held.reserved.from_allowance_nano, held.reserved.from_balance_nano

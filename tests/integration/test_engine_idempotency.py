@@ -28,12 +28,6 @@ OTHER_BODY = RepeatKey("a" * 24, "c" * 24)
 OTHER_KEY = RepeatKey("d" * 24, "b" * 24)
 
 
-@pytest.fixture
-async def acme(operator: Operator, engine: CreditEngine) -> Identity:
-    """On the standard plan: 0.1 credits a day, then prepaid ones."""
-    return await new_identity(operator, engine, ACCOUNT, "standard")
-
-
 async def again(engine: CreditEngine, identity: Identity, repeat: RepeatKey = KEY) -> object:
     """What a request with the key is told now; one that is admitted is voided."""
     outcome = await reserve(engine, identity, 1_000, repeat=repeat)

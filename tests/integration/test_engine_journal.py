@@ -1,7 +1,7 @@
 """What the engine owes the store while the store is away, forgets or goes back in time."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +31,7 @@ from tests.engine_calls import (
     settle,
     spend,
 )
-from tests.servers import MovableClock, ValkeyServer, valkey_server
-
-
-@pytest.fixture
-async def acme(operator: Operator, engine: CreditEngine) -> Identity:
-    """On the standard plan: 0.1 credits a day, then prepaid ones."""
-    return await new_identity(operator, engine, ACCOUNT, "standard")
-
-
-@pytest.fixture
-def own_server() -> Iterator[ValkeyServer]:
-    """A server that the test may kill, with every reply's write on disk."""
-    with valkey_server("--appendfsync", "always") as server:
-        yield server
+from tests.servers import MovableClock, ValkeyServer
 
 
 @pytest.fixture
@@ -213,7 +200,7 @@ async def test_a_settlement_of_an_answer_that_outlived_its_lost_reservation_is_w
     engine: CreditEngine, operator: Operator, store: Store, acme: Identity
 ) -> None:
     """Extended after the loss, and settled: one charge, of the whole cost."""
-    held = await spend(engine, acme, 1)
+    held = await hold(engine, acme, 0)
     await lose(store, held.id)
     await extend(engine, held, 60_000_000, seen=10)
     assert held.reserved.payg_nano == 60_000_000
@@ -221,6 +208,17 @@ async def test_a_settlement_of_an_answer_that_outlived_its_lost_reservation_is_w
     kind, id_, postings = await last_entry(store)
     assert (kind, id_, postings[f"used:{DAY_MS}"]) == ("settle", held.id, 55_000_000)
     await check_books(store)
+
+
+async def test_a_renewal_that_comes_after_the_end_of_a_lost_reservation_holds_nothing(
+    engine: CreditEngine, operator: Operator, store: Store, acme: Identity
+) -> None:
+    ended = await hold(engine, acme, 0)
+    await lose(store, ended.id)
+    await engine.void(ended)
+    await extend(engine, ended, 60_000_000)
+    assert (await operator.funds(ACCOUNT)).held_nano == 0
+    assert await operator.reservations(ACCOUNT) == []
 
 
 async def test_calls_that_are_cancelled_while_the_store_is_away_are_not_forgotten(

@@ -18,19 +18,12 @@ from tests.engine_calls import (
     hold,
     last_entry,
     ledger,
-    new_identity,
     settle,
     spend,
 )
 from tests.servers import MovableClock
 
 NEIGHBOUR = next(name for number in range(10_000) if shard_of(name := f"acme-{number}") == SHARD)
-
-
-@pytest.fixture
-async def acme(operator: Operator, engine: CreditEngine) -> Identity:
-    """On the standard plan: 0.1 credits a day, then prepaid ones."""
-    return await new_identity(operator, engine, ACCOUNT, "standard")
 
 
 async def test_a_refund_goes_back_to_where_the_cost_came_from(

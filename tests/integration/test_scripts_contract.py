@@ -50,12 +50,6 @@ NUMBERS = [
 ]
 
 
-@pytest.fixture
-async def acme(operator: Operator, engine: CreditEngine) -> Identity:
-    """On the standard plan: 0.1 credits a day, then prepaid ones."""
-    return await new_identity(operator, engine, ACCOUNT, "standard")
-
-
 def stored(valkey: TimedServer) -> list[object]:
     """All that the account's shard holds."""
     return [valkey.server.command("DUMP", key) for key in MONEY_KEYS]
