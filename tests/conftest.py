@@ -1,7 +1,7 @@
 """Fixtures that several parts of the suite share: a real store whose clock the test moves, and the engine on it."""
 
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from gateway.credits.store import Store
 from gateway.domain.plan import DAY_MS, Allowance, Plan
 from gateway.telemetry.metrics import Metrics
 from tests.servers import MovableClock, ValkeyServer, valkey_server
+from tests.stores import started_store
 
 #: Where the store's clock stands when a test begins: in the middle of a day, of a month and of an 8-hour window.
 START_MS = round(datetime(2027, 3, 10, 12, 30, tzinfo=UTC).timestamp() * 1000)
@@ -86,10 +87,8 @@ def metrics() -> Metrics:
 
 @pytest.fixture
 async def store(valkey: TimedServer, metrics: Metrics) -> AsyncIterator[Store]:
-    store = Store(valkey.url, 5000, metrics)
-    await store.start()
-    yield store
-    await store.close()
+    async with started_store(valkey.url, metrics) as store:
+        yield store
 
 
 @pytest.fixture
@@ -101,12 +100,20 @@ async def journal(tmp_path: Path) -> AsyncIterator[Journal]:
 
 
 @pytest.fixture
-async def engine(store: Store, metrics: Metrics, journal: Journal) -> AsyncIterator[CreditEngine]:
-    engine = CreditEngine(store, PLANS, "standard", metrics, journal)
+def plans() -> Mapping[str, Plan]:
+    """The engine's plans, the default one first. A module with plans of its own has a fixture of this name."""
+    return PLANS
+
+
+@pytest.fixture
+async def engine(
+    store: Store, plans: Mapping[str, Plan], metrics: Metrics, journal: Journal
+) -> AsyncIterator[CreditEngine]:
+    engine = CreditEngine(store, plans, next(iter(plans)), metrics, journal)
     yield engine
     assert await engine.close(5) == 0
 
 
 @pytest.fixture
-def operator(store: Store) -> Operator:
-    return Operator(store, PLANS, "standard")
+def operator(store: Store, plans: Mapping[str, Plan]) -> Operator:
+    return Operator(store, plans, next(iter(plans)))

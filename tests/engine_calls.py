@@ -9,6 +9,7 @@ from gateway.credits.store import Store
 from gateway.domain.decision import Denied, Repeated, Settlement
 from gateway.domain.price import FEMTO_PER_NANO
 from tests.engine_invariants import Fold, check_invariants, pairs, read_account, read_postings, read_record
+from tests.servers import MovableClock
 
 HOUR_MS = 3_600_000
 CREDIT = 1_000_000_000
@@ -79,6 +80,19 @@ async def new_identity(operator: Operator, engine: CreditEngine, account: str, p
     identity = await engine.authenticate(secret)
     assert identity is not None
     return identity
+
+
+async def lose_gateway(engine: CreditEngine, clock: MovableClock, *, reservations: int = 1) -> None:
+    """The gateway is gone for as long as a lease lasts; its reservations in SHARD are ended."""
+    clock.move(LEASE_MS)
+    assert await engine.expire_due(SHARD) == reservations
+
+
+async def lose_record(store: Store, reservation: str) -> None:
+    """A failover to a replica that had not heard of the reservation of ACCOUNT, as far as its record goes."""
+    keys = shard_keys(SHARD)
+    await store.call("HDEL", keys.records, reservation)
+    await store.call("ZREM", keys.due, reservation)
 
 
 async def ledger(store: Store, account: str = ACCOUNT) -> list[dict[str, str]]:

@@ -99,7 +99,7 @@ class Hold:
     rate_ppm: int
     payg: bool
     on_lost: str
-    asked: tuple[Cost, int, int, str]
+    asked: tuple[Cost, int, int, str, bool]
     created_ms: int | None
     due_ms: int
     key: str = ""
@@ -205,12 +205,13 @@ class EngineModel:
         key_id: str,
         gateway_ms: int,
         repeat: RepeatKey | None = None,
+        grows: bool = False,
     ) -> Reserved | NotReserved | Repeated:
         """Hold credits."""
         account = self.accounts.get(name)
         if account is None:
             return NotReserved("unknown_account")
-        asked = (amount, minimum_nano, alone_nano, repeat.key_hash if repeat else "")
+        asked = (amount, minimum_nano, alone_nano, repeat.key_hash if repeat else "", grows)
         if earlier := self.holds.get((shard_of(name), reservation)):
             return self._reserve_again(account, reservation, earlier, plan, asked)
         if key_id and key_id not in account.keys:
@@ -232,10 +233,10 @@ class EngineModel:
             by_allowance = min(amount.payg_nano, _at_list_price(free, plan.rate_ppm))
             from_allowance, from_balance = free, min(balance, amount.payg_nano - by_allowance)
             covered = by_allowance + from_balance
-            held = {how_held(win, part) for win in rolled.windows for part in self._open_parts(rolled)}
-            busy = self.balance_held(rolled) > 0 or not held.isdisjoint({"held", "adopted"})
-            if covered < (minimum_nano if busy else alone_nano):
-                return NotReserved("denied", plan.name, self._funds(rolled, plan))
+        in_flight = self._in_flight(rolled)
+        left = free - from_allowance + balance - from_balance
+        if covered < (minimum_nano if in_flight else alone_nano) or (grows and left < in_flight // 8):
+            return NotReserved("denied", plan.name, self._funds(rolled, plan))
 
         self._commit(rolled, entries)
         self._remember_time(rolled)
@@ -248,8 +249,16 @@ class EngineModel:
             self.requests[name, repeat.key_hash] = Remembered(repeat.body_hash, reservation, due_ms)
         return Reserved(reservation, covered, from_allowance, from_balance, self._funds(rolled, plan))
 
+    def _in_flight(self, account: Account) -> int:
+        """What open reservations may give back to the windows of now, by the window that they hold most of."""
+        parts = self._open_parts(account)
+        in_windows = (
+            sum(part.amount for part in parts if how_held(win, part) in {"held", "adopted"}) for win in account.windows
+        )
+        return max(in_windows, default=0) + self.balance_held(account)
+
     def _reserve_again(
-        self, account: Account, reservation: str, earlier: Hold, plan: Plan, asked: tuple[Cost, int, int, str]
+        self, account: Account, reservation: str, earlier: Hold, plan: Plan, asked: tuple[Cost, int, int, str, bool]
     ) -> Reserved | NotReserved:
         if earlier.account != account.name:
             return NotReserved("conflict")

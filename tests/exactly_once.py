@@ -6,11 +6,13 @@ import hashlib
 import itertools
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from gateway.credits.errors import StoreUnavailable
 from gateway.credits.keyspace import account_key, shard_keys, shard_of
 from gateway.credits.store import Script, Store
+from gateway.telemetry.metrics import Metrics
+from tests.stores import started_store
 
 _TEXT = """#!lua
 -- KEYS 1 account hash, 2 shard's records; ARGV 1 operation id, 2 amount
@@ -18,9 +20,16 @@ local first = redis.call('HSETNX', KEYS[2], ARGV[1], '1')
 if first == 1 then redis.call('HINCRBY', KEYS[1], 'balance', ARGV[2]) end
 return {tostring(first), redis.call('HGET', KEYS[1], 'balance')}
 """
-ADD = Script("add", _TEXT, hashlib.sha1(_TEXT.encode()).hexdigest())
+_ADD = Script("add", _TEXT, hashlib.sha1(_TEXT.encode()).hexdigest())
 _PROGRESS_SECONDS = 60
 _AT_ONCE = 1000
+
+
+def adding_store(
+    url: str, metrics: Metrics, timeout_ms: int = 5000, *, allow_unsafe: bool = False
+) -> AbstractAsyncContextManager[Store]:
+    """A started store for ``add``."""
+    return started_store(url, metrics, timeout_ms, allow_unsafe=allow_unsafe, scripts=[_ADD])
 
 
 async def add(store: Store, account: str, operation: str, amount: int) -> tuple[bool, int]:

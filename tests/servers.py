@@ -1,5 +1,6 @@
 """Start real Valkey servers for a test: one, if wanted with a clock that the test moves, a cluster, or sentinels."""
 
+import asyncio
 import contextlib
 import os
 import secrets
@@ -23,6 +24,11 @@ _STOP_SECONDS = 10
 #: Valkey reads the system's clock at most once a millisecond.
 _CLOCK_SETTLE_S = 0.003
 _FAKETIME = Path(libfaketime.__file__).parent / "vendor/libfaketime/src/libfaketime.so.1"
+
+
+def in_thread(step: Callable[..., None], *args: object) -> "asyncio.Future[None]":
+    """A step of what is here, which blocks, while the test's own loop goes on."""
+    return asyncio.ensure_future(asyncio.to_thread(step, *args))
 
 
 class MovableClock:
@@ -344,6 +350,12 @@ class SlotMigration:
         """Give the slot, whose keys have all moved, to the target."""
         for port in (self.target, self.source):
             self._cluster.command(port, "CLUSTER", "SETSLOT", self._slot, "NODE", self._cluster.node_id(self.target))
+
+    def complete(self) -> None:
+        """All steps, one after the other."""
+        self.begin()
+        self.move(*self.keys())
+        self.finish()
 
 
 @contextmanager

@@ -77,16 +77,17 @@ async def reserve(
     key_id: str,
     model: str,
     repeat: RepeatKey | None = None,
+    grows: bool = False,
 ) -> Reserved | NotReserved | Repeated:
     """Hold up to amount for lease_ms, and at least minimum_nano (list price), or alone_nano if no other request of the
-    account holds credits."""
+    account holds credits. One that grows must leave an eighth of what others hold free for them to grow, too."""
     repeat = repeat or _NO_REPEAT
     reply = await store.run(
         "reserve",
         money_keys(account),
         (
             *(account, reservation, amount.payg_nano, amount.plan_nano, minimum_nano, alone_nano, lease_ms),
-            *(_gateway_ms(), key_id, model, repeat.key_hash, repeat.body_hash, plan.name, *terms_of(plan)),
+            *(_gateway_ms(), key_id, model, repeat.key_hash, repeat.body_hash, int(grows), plan.name, *terms_of(plan)),
         ),
     )
     match reply[0]:

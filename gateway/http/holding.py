@@ -37,13 +37,15 @@ class Holding:
     """What to reserve for a request, in femto-credits at list price.
 
     minimum_femto is needed while other requests of the account are in flight; without any, alone_femto is enough.
-    slice_tokens: the output of each answer that a stream holds at a time; None where all is held at once.
+    slice_tokens: the output of each answer that a stream holds at a time; None where all is held at once. grows: more may
+    be held later.
     """
 
     amount_femto: int
     minimum_femto: int
     alone_femto: int
     slice_tokens: int | None
+    grows: bool
 
 
 def holding_of(quote: Quote, upstream: Upstream, forecast: OutputForecast) -> Holding:
@@ -51,11 +53,11 @@ def holding_of(quote: Quote, upstream: Upstream, forecast: OutputForecast) -> Ho
     bound, model = quote.bound, quote.model
     least = worst_femto(bound, model, least_output(bound))
     if not quote.ask.stream or model.hidden_reasoning or upstream.count_output == "maximum":
-        return Holding(worst_femto(bound, model, bound.output_tokens_each), least, least, None)
+        return Holding(worst_femto(bound, model, bound.output_tokens_each), least, least, None, grows=False)
     each = forecast.expected(model.name, bound.output_tokens_each)
     # While others stream, less than a whole slice would admit an answer only to cut it soon after.
     amount = worst_femto(bound, model, each)
-    return Holding(amount, amount, least, each)
+    return Holding(amount, amount, least, each, grows=each < bound.output_tokens_each)
 
 
 def payable_nano(funds: Funds, plan: Plan) -> int:

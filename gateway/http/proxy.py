@@ -197,6 +197,7 @@ class Proxy:
             holding.minimum_femto,
             LEASE_MS,
             alone_femto=holding.alone_femto,
+            grows=holding.grows,
             repeat=repeat,
         )
         self._reports.spent(exchange, "reserve", started)

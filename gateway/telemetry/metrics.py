@@ -5,7 +5,7 @@ configured counts under ``other``. Credits are exposed as floats of whole credit
 ledger.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
@@ -86,171 +86,139 @@ class Metrics:
         self._models |= frozenset(models)
 
     def _make_credit_metrics(self) -> None:
-        registry = self._registry
-        self._decisions = _Children(
-            Counter(
-                "quota_gateway_decisions",
-                "Requests that were admitted or denied, by reason. Unit: requests.",
-                ("decision", "reason", "plan"),
-                registry=registry,
-            )
+        self._decisions = self._counters(
+            "quota_gateway_decisions",
+            "Requests that were admitted or denied, by reason. Unit: requests.",
+            ("decision", "reason", "plan"),
         )
         # An increase from "no such series" to 1 is invisible to increase(): the alert needs the 0 before it.
         self._decisions["denied", STORE_UNAVAILABLE, OTHER].inc(0)
-        self._reserved = Counter(
+        self._reserved = self._counter(
             "quota_gateway_reserved_credits",
             "Credits held before requests were forwarded. Unit: credits.",
-            registry=registry,
         )
-        self._settled = _Children(
-            Counter(
-                "quota_gateway_settled_credits",
-                "Credits charged, by where they came from: allowance or payg. Unit: credits.",
-                ("plan", "model", "source"),
-                registry=registry,
-            )
+        self._settled = self._counters(
+            "quota_gateway_settled_credits",
+            "Credits charged, by where they came from: allowance or payg. Unit: credits.",
+            ("plan", "model", "source"),
         )
-        self._released = _Children(
-            Counter(
-                "quota_gateway_released_credits",
-                "Credits held and given back, by how the reservation ended: settled or voided. Unit: credits.",
-                ("cause",),
-                registry=registry,
-            )
+        self._released = self._counters(
+            "quota_gateway_released_credits",
+            "Credits held and given back, by how the reservation ended: settled or voided. Unit: credits.",
+            ("cause",),
         )
-        self._written_off = Counter(
+        self._written_off = self._counter(
             "quota_gateway_written_off_credits",
             "Credits of cost that neither the allowance nor the balance could pay. Unit: credits.",
-            registry=registry,
         )
-        self._leases_expired = Counter(
+        self._leases_expired = self._counter(
             "quota_gateway_leases_expired",
             "Reservations whose gateway did not end them in time, and which this one ended. Unit: reservations.",
-            registry=registry,
         )
-        self._journal_pending = Gauge(
+        self._journal_pending = self._gauge(
             "quota_gateway_journal_pending",
             "Settlements and voids in the journal that the store has not taken yet. Unit: entries.",
-            registry=registry,
         )
-        self._journal_failures = Counter(
+        self._journal_failures = self._counter(
             "quota_gateway_journal_failures",
             "Settlements and voids that could not be written to the journal: they are in memory alone. Unit: entries.",
-            registry=registry,
         )
-        self._reservations_open = Gauge(
+        self._reservations_open = self._gauge(
             "quota_gateway_reservations_open",
             "Reservations that this gateway made and has not ended yet. Unit: reservations.",
-            registry=registry,
         )
 
     def _make_gateway_metrics(self) -> None:
-        registry = self._registry
-        self._overhead = _Children(
-            Histogram(
-                "quota_gateway_overhead_seconds",
-                "Time that the gateway itself adds to a request, by phase; waiting for the upstream is not in it. "
-                "Unit: seconds.",
-                ("phase",),
-                buckets=_FAST_BUCKETS,
-                registry=registry,
-            )
+        self._overhead = self._histograms(
+            "quota_gateway_overhead_seconds",
+            "Time that the gateway itself adds to a request, by phase; waiting for the upstream is not in it. "
+            "Unit: seconds.",
+            ("phase",),
+            _FAST_BUCKETS,
         )
-        self._store = _Children(
-            Histogram(
-                "quota_gateway_store_seconds",
-                "Time from asking for a script to its reply, by script. Unit: seconds.",
-                ("script",),
-                buckets=_FAST_BUCKETS,
-                registry=registry,
-            )
+        self._store = self._histograms(
+            "quota_gateway_store_seconds",
+            "Time from asking for a script to its reply, by script. Unit: seconds.",
+            ("script",),
+            _FAST_BUCKETS,
         )
-        self._upstream_inflight = _Children(
-            Gauge(
-                "quota_gateway_upstream_inflight",
-                "Requests that an upstream is answering now. Unit: requests.",
-                ("upstream",),
-                registry=registry,
-            )
+        self._upstream_inflight = self._gauges(
+            "quota_gateway_upstream_inflight",
+            "Requests that an upstream is answering now. Unit: requests.",
+            ("upstream",),
         )
-        self._overruns = _Children(
-            Counter(
-                "quota_gateway_upstream_overruns",
-                "Answers for which an upstream reports more usage than it was allowed; customers are not charged for "
-                "the excess, the operator may be. Unit: answers.",
-                ("upstream",),
-                registry=registry,
-            )
+        self._overruns = self._counters(
+            "quota_gateway_upstream_overruns",
+            "Answers for which an upstream reports more usage than it was allowed; customers are not charged for "
+            "the excess, the operator may be. Unit: answers.",
+            ("upstream",),
         )
-        self._truncated = _Children(
-            Counter(
-                "quota_gateway_streams_truncated",
-                "Streams that were ended because the account's credits had. Unit: streams.",
-                ("plan",),
-                registry=registry,
-            )
+        self._truncated = self._counters(
+            "quota_gateway_streams_truncated",
+            "Streams that were ended because the account's credits had. Unit: streams.",
+            ("plan",),
         )
-        self._ledger_archived = Counter(
+        self._ledger_archived = self._counter(
             "quota_gateway_ledger_archived",
             "Ledger entries that this gateway moved from the store into the archive. Unit: entries.",
-            registry=registry,
         )
-        self._ledger_archive_failures = Counter(
+        self._ledger_archive_failures = self._counter(
             "quota_gateway_ledger_archive_failures",
             "Attempts to archive the ledger that failed; meanwhile it stays in the store, which grows. Unit: attempts.",
-            registry=registry,
         )
-        self._config_reloaded = Gauge(
+        self._config_reloaded = self._gauge(
             "quota_gateway_config_last_reload_successful",
             "1 when the configuration was last read without mistakes, 0 when the one before it stayed in force.",
-            registry=registry,
         )
-        self._config_read = Gauge(
+        self._config_read = self._gauge(
             "quota_gateway_config_last_reload_seconds",
             "When the configuration in force was read. Unit: seconds since 1970.",
-            registry=registry,
         )
         # Metrics exist only after a configuration was read: a gateway that never reloads is not a failed one.
         self.config_reloaded(True)
 
     def _make_model_metrics(self) -> None:
-        registry = self._registry
-        self._tokens = _Children(
-            Histogram(
-                "gen_ai_client_token_usage",
-                "Tokens billed per request, by type: input or output. Unit: tokens.",
-                (*_GEN_AI_LABELS, "gen_ai_token_type"),
-                buckets=_TOKEN_BUCKETS,
-                registry=registry,
-            )
+        self._tokens = self._histograms(
+            "gen_ai_client_token_usage",
+            "Tokens billed per request, by type: input or output. Unit: tokens.",
+            (*_GEN_AI_LABELS, "gen_ai_token_type"),
+            _TOKEN_BUCKETS,
         )
-        self._request_duration = _Children(
-            Histogram(
-                "gen_ai_server_request_duration_seconds",
-                "Time to the last byte of the answer. Unit: seconds.",
-                _GEN_AI_LABELS,
-                buckets=_DURATION_BUCKETS,
-                registry=registry,
-            )
+        self._request_duration = self._histograms(
+            "gen_ai_server_request_duration_seconds",
+            "Time to the last byte of the answer. Unit: seconds.",
+            _GEN_AI_LABELS,
+            _DURATION_BUCKETS,
         )
-        self._first_token = _Children(
-            Histogram(
-                "gen_ai_server_time_to_first_token_seconds",
-                "Time to the first token of a streamed answer. Unit: seconds.",
-                _GEN_AI_LABELS,
-                buckets=_FIRST_TOKEN_BUCKETS,
-                registry=registry,
-            )
+        self._first_token = self._histograms(
+            "gen_ai_server_time_to_first_token_seconds",
+            "Time to the first token of a streamed answer. Unit: seconds.",
+            _GEN_AI_LABELS,
+            _FIRST_TOKEN_BUCKETS,
         )
-        self._per_token = _Children(
-            Histogram(
-                "gen_ai_server_time_per_output_token_seconds",
-                "Time per output token after the first of a streamed answer. Unit: seconds per token.",
-                _GEN_AI_LABELS,
-                buckets=_PER_TOKEN_BUCKETS,
-                registry=registry,
-            )
+        self._per_token = self._histograms(
+            "gen_ai_server_time_per_output_token_seconds",
+            "Time per output token after the first of a streamed answer. Unit: seconds per token.",
+            _GEN_AI_LABELS,
+            _PER_TOKEN_BUCKETS,
         )
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(name, text, registry=self._registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, registry=self._registry)
+
+    def _counters(self, name: str, text: str, labels: Sequence[str]) -> _Children[Counter]:
+        return _Children(Counter(name, text, labels, registry=self._registry))
+
+    def _gauges(self, name: str, text: str, labels: Sequence[str]) -> _Children[Gauge]:
+        return _Children(Gauge(name, text, labels, registry=self._registry))
+
+    def _histograms(
+        self, name: str, text: str, labels: Sequence[str], buckets: Sequence[float]
+    ) -> _Children[Histogram]:
+        return _Children(Histogram(name, text, labels, buckets=buckets, registry=self._registry))
 
     def decided(self, decision: Decision, reason: str, plan: str) -> None:
         """Count a request that was admitted or denied.

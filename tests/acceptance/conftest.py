@@ -2,22 +2,27 @@
 
 import asyncio
 import json
+import os
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import aiohttp
 import pytest
+import redis
 from aiohttp import web
 
+from gateway.credits.embedded import running_url
 from tests.gateway_process import Gateway, cost_of
 from tests.servers import MovableClock
 from tests.upstreams.llama import running_llama
+from tests.upstreams.local import LocalUpstream
 
 #: What the gateway adds to a request's bytes for the upstream's chat template, unless configured.
 TEMPLATE_TOKENS = 256
@@ -30,8 +35,8 @@ def at(moment: datetime) -> int:
     return round(moment.timestamp() * 1000)
 
 
-class HeldUpstream:
-    """An upstream in the test's own loop whose answers wait between ``hold`` and ``release``.
+class HeldUpstream(LocalUpstream):
+    """An upstream whose answers wait between ``hold`` and ``release``.
 
     Every answer reports prompt_tokens and completion_tokens; with no completion_tokens its text is empty. A streamed
     one sends its first chunk before it waits. models: what GET /v1/models lists, with status models_status. requests:
@@ -39,7 +44,7 @@ class HeldUpstream:
     """
 
     def __init__(self) -> None:
-        self.base_url = ""
+        super().__init__(web.get("/v1/models", self._list), web.post("/v1/{path:.*}", self._answer))
         self.prompt_tokens, self.completion_tokens = 20, 10
         self.models: list[Any] = []
         self.models_status = 200
@@ -47,9 +52,6 @@ class HeldUpstream:
         self._arrived = asyncio.Condition()
         self._gate = asyncio.Event()
         self._gate.set()
-        app = web.Application()
-        app.add_routes([web.get("/v1/models", self._list), web.post("/v1/{path:.*}", self._answer)])
-        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1, access_log=None)
 
     @property
     def cost(self) -> Decimal:
@@ -68,17 +70,6 @@ class HeldUpstream:
         """Return once count requests have arrived. Raises TimeoutError after 20 s."""
         async with asyncio.timeout(20), self._arrived:
             await self._arrived.wait_for(lambda: len(self.requests) >= count)
-
-    async def __aenter__(self) -> Self:
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self.base_url = f"http://127.0.0.1:{self._runner.addresses[0][1]}/v1"
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._runner.cleanup()
 
     async def _list(self, _: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": self.models}, status=self.models_status)
@@ -160,6 +151,12 @@ def chat_body(max_tokens: int | None = 100, *, stream: bool = False) -> bytes:
     return json.dumps(body).encode()
 
 
+#: The request that most tests send, whole and streamed.
+MAX_TOKENS = 100
+BODY = chat_body(MAX_TOKENS)
+STREAM = chat_body(MAX_TOKENS, stream=True)
+
+
 def input_bound(body: bytes) -> int:
     """The most input tokens that a request can have: a byte of its JSON, without spaces and without what limits its
     output or reports on it, is a token at most; and the template."""
@@ -174,6 +171,10 @@ def hold_of(body: bytes, max_tokens: int) -> Decimal:
     return cost_of(input_bound(body), max_tokens)
 
 
+#: What BODY holds.
+HOLD = hold_of(BODY, MAX_TOKENS)
+
+
 async def ask(
     session: aiohttp.ClientSession, gateway: Gateway, key: str, body: bytes, path: str = "/chat/completions"
 ) -> Answer:
@@ -181,6 +182,12 @@ async def ask(
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
     async with session.post(gateway.base_url + path, data=body, headers=headers) as response:
         return Answer(response.status, response.headers.copy(), await response.read())
+
+
+async def ask_default(session: aiohttp.ClientSession, gateway: Gateway, body: bytes = BODY) -> Answer:
+    """The same with the key of the account that the gateway made when it first started."""
+    assert gateway.key is not None
+    return await ask(session, gateway, gateway.key, body)
 
 
 def new_account(gateway: Gateway, name: str, plan: str, *, grant: Decimal | None = None) -> str:
@@ -213,6 +220,30 @@ def funds_of(gateway: Gateway, account: str = "default") -> Funds:
     granted, used, held, remaining = (Decimal(allowance[name]) for name in ("granted", "used", "held", "remaining"))
     balance, balance_held = Decimal(shown["balance"]), Decimal(shown["balance_held"])
     return Funds(granted, used, held, remaining, balance, balance_held, allowance["window"], allowance["resets_at"])
+
+
+def store_pid(gateway: Gateway) -> int | None:
+    """The embedded server's process id; None while none answers."""
+    url = running_url(gateway.data_dir)
+    if url is None:
+        return None
+    try:
+        with redis.Redis.from_url(url, socket_timeout=5) as client:
+            return int(client.info("server")["process_id"])
+    except redis.RedisError:
+        return None
+
+
+@contextmanager
+def hanging_store(gateway: Gateway) -> Iterator[None]:
+    """The embedded server takes commands and answers none."""
+    pid = store_pid(gateway)
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 @pytest.fixture

@@ -12,12 +12,16 @@ from openai import AsyncOpenAI, RateLimitError
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.acceptance.conftest import (
+    BODY,
+    HOLD,
+    MAX_TOKENS,
     MODEL,
     NOON,
     Answer,
     Funds,
     HeldUpstream,
     ask,
+    ask_default,
     at,
     chat_body,
     funds_of,
@@ -28,9 +32,6 @@ from tests.acceptance.conftest import (
 from tests.gateway_process import Gateway, cost_of, gateway_config, running_gateway
 from tests.servers import MovableClock
 
-MAX_TOKENS = 100
-BODY = chat_body(MAX_TOKENS)
-HOLD = hold_of(BODY, MAX_TOKENS)
 #: A request is admitted with fewer tokens than it asks for, but not with fewer than 16.
 LEAST = hold_of(BODY, 16)
 NANO = Decimal("0.000000001")
@@ -52,8 +53,7 @@ async def gateway(upstream: HeldUpstream, tmp_path: Path, clock: MovableClock) -
 
 async def ask_at_once(session: aiohttp.ClientSession, gateway: Gateway, count: int) -> list[asyncio.Task[Answer]]:
     """Send count requests on as many connections."""
-    assert gateway.key is not None
-    return [asyncio.create_task(ask(session, gateway, gateway.key, BODY)) for _ in range(count)]
+    return [asyncio.create_task(ask_default(session, gateway)) for _ in range(count)]
 
 
 async def answered(tasks: list[asyncio.Task[Answer]], count: int) -> list[Answer]:

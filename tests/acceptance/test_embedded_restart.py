@@ -12,25 +12,25 @@ from typing import Any
 
 import aiohttp
 import pytest
-import redis
 
-from gateway.credits.embedded import running_url
 from tests.acceptance.conftest import (
+    BODY,
+    HOLD,
+    MAX_TOKENS,
     MODEL,
+    STREAM,
     Answer,
     HeldUpstream,
     ask,
-    chat_body,
+    ask_default,
     funds_of,
+    hanging_store,
     hold_of,
+    store_pid,
 )
 from tests.gateway_process import Gateway, gateway_config, run_cli, running_gateway
 from tests.servers import MovableClock
 
-MAX_TOKENS = 100
-BODY = chat_body(MAX_TOKENS)
-STREAM = chat_body(MAX_TOKENS, stream=True)
-HOLD = hold_of(BODY, MAX_TOKENS)
 #: Times are shown to the second.
 LEASE = timedelta(seconds=59)
 
@@ -46,23 +46,6 @@ def config(upstream: HeldUpstream) -> dict[str, Any]:
 async def gateway(config: dict[str, Any], tmp_path: Path, clock: MovableClock) -> AsyncIterator[Gateway]:
     with running_gateway(config, data_dir=tmp_path / "data", clock=clock) as gateway:
         yield gateway
-
-
-async def ask_default(session: aiohttp.ClientSession, gateway: Gateway, body: bytes = BODY) -> Answer:
-    assert gateway.key is not None
-    return await ask(session, gateway, gateway.key, body)
-
-
-def store_pid(gateway: Gateway) -> int | None:
-    """The embedded server's process id; None while none answers."""
-    url = running_url(gateway.data_dir)
-    if url is None:
-        return None
-    try:
-        with redis.Redis.from_url(url, socket_timeout=5) as client:
-            return int(client.info("server")["process_id"])
-    except redis.RedisError:
-        return None
 
 
 async def wait_for_another_store(gateway: Gateway, old_pid: int) -> None:
@@ -174,17 +157,13 @@ async def test_a_store_that_hangs_is_unavailable_and_no_request_reaches_the_upst
 ) -> None:
     before = await ask_default(session, gateway)
     pid = store_pid(gateway)
-    assert pid is not None
-    os.kill(pid, signal.SIGSTOP)
-    try:
+    with hanging_store(gateway):
         for refused in await asyncio.gather(*(ask_default(session, gateway) for _ in range(5))):
             assert_unavailable(refused)
         async with session.get(gateway.admin_url + "/readyz") as ready:
             assert ready.status == 503
         async with session.get(gateway.admin_url + "/livez") as live:
             assert live.status == 200
-    finally:
-        os.kill(pid, signal.SIGCONT)
     assert len(upstream.requests) == 1
     async with asyncio.timeout(20):
         while (after := await ask_default(session, gateway)).status != 200:

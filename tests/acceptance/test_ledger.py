@@ -20,11 +20,10 @@ import redis
 
 from gateway.credits.embedded import running_url
 from gateway.credits.keyspace import account_key, shard_keys, shard_of
-from tests.acceptance.conftest import MODEL, HeldUpstream, ask, chat_body, new_account
+from tests.acceptance.conftest import BODY, MODEL, HeldUpstream, ask, new_account
 from tests.gateway_process import Gateway, gateway_config, run_cli, running_gateway
 
 REASON = "paid, thank you"
-BODY = chat_body(100)
 
 
 @pytest.fixture

@@ -14,14 +14,10 @@ import aiohttp
 import pytest
 import yaml
 
-from tests.acceptance.conftest import MODEL, NOON, Answer, HeldUpstream, ask, chat_body, hold_of, new_account
+from tests.acceptance.conftest import BODY, HOLD, MODEL, NOON, STREAM, Answer, HeldUpstream, ask, new_account
 from tests.gateway_process import INPUT_PRICE, OUTPUT_PRICE, Gateway, gateway_config, running_gateway
 from tests.servers import MovableClock
 
-MAX_TOKENS = 100
-BODY = chat_body(MAX_TOKENS)
-STREAM = chat_body(MAX_TOKENS, stream=True)
-HOLD = hold_of(BODY, MAX_TOKENS)
 DAILY = Decimal("0.10")
 TOKEN = "a-token-only-for-tests"
 

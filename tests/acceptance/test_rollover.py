@@ -10,13 +10,15 @@ import aiohttp
 import pytest
 
 from tests.acceptance.conftest import (
+    BODY,
+    MAX_TOKENS,
     MODEL,
     NOON,
-    Answer,
+    STREAM,
     HeldUpstream,
     ask,
+    ask_default,
     at,
-    chat_body,
     funds_of,
     hold_of,
     input_bound,
@@ -25,10 +27,6 @@ from tests.acceptance.conftest import (
 from tests.gateway_process import Gateway, cost_of, gateway_config, running_gateway
 from tests.servers import MovableClock
 
-MAX_TOKENS = 100
-BODY = chat_body(MAX_TOKENS)
-STREAM = chat_body(MAX_TOKENS, stream=True)
-HOLD = hold_of(BODY, MAX_TOKENS)
 STREAM_HOLD = hold_of(STREAM, MAX_TOKENS)
 #: Pays for 70 of a request's 100 tokens, so that the balance holds the rest.
 ALLOWANCE = hold_of(BODY, 70)
@@ -44,11 +42,6 @@ async def gateway(upstream: HeldUpstream, tmp_path: Path, clock: MovableClock) -
     config["plans"]["standard"]["allowance"]["per_window"] = str(ALLOWANCE)
     with running_gateway(config, data_dir=tmp_path / "data", clock=clock) as gateway:
         yield gateway
-
-
-async def ask_default(session: aiohttp.ClientSession, gateway: Gateway, body: bytes = BODY) -> Answer:
-    assert gateway.key is not None
-    return await ask(session, gateway, gateway.key, body)
 
 
 async def spend_the_allowance(session: aiohttp.ClientSession, gateway: Gateway, upstream: HeldUpstream) -> None:

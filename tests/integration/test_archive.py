@@ -6,6 +6,7 @@ import os
 import secrets
 import signal
 import sqlite3
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
@@ -418,6 +419,8 @@ def test_postgresql_without_its_driver_names_the_extra(tmp_path: Path) -> None:
         patch.dict("sys.modules", {"psycopg": None}),
         pytest.raises(ArchiveError, match=r"pip install 'quota-gateway\[postgresql\]'"),
     ):
+        # What another test has imported already.
+        sys.modules.pop("gateway.credits.archive_postgresql", None)
         Archive("postgresql://localhost/ledger", tmp_path)
 
 

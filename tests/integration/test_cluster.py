@@ -2,8 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
@@ -13,8 +12,9 @@ from gateway.credits.operator import Operator
 from gateway.credits.store import Store
 from gateway.telemetry.metrics import Metrics
 from tests.conftest import PLANS
-from tests.exactly_once import ADD, Adds, accounts_in, add
-from tests.servers import SlotMigration, ValkeyCluster, free_port, valkey_cluster, valkey_server
+from tests.exactly_once import Adds, accounts_in, add, adding_store
+from tests.servers import SlotMigration, ValkeyCluster, free_port, in_thread, valkey_cluster, valkey_server
+from tests.stores import started_store
 
 SHARD = 0x2A
 SLOT = slot_of(shard_keys(SHARD).records)
@@ -36,31 +36,15 @@ def cluster(running_cluster: ValkeyCluster) -> Iterator[ValkeyCluster]:
     running_cluster.heal()
 
 
-@asynccontextmanager
-async def started(url: str, metrics: Metrics, timeout_ms: int = 5000, *, unsafe: bool = False) -> AsyncIterator[Store]:
-    """A store that runs the test's own script."""
-    store = Store(url, timeout_ms, metrics, allow_unsafe=unsafe, scripts=[ADD])
-    try:
-        await store.start()
-        yield store
-    finally:
-        await store.close()
-
-
 @pytest.fixture
 async def store(cluster: ValkeyCluster, metrics: Metrics) -> AsyncIterator[Store]:
-    async with started(cluster.url, metrics) as store:
+    async with adding_store(cluster.url, metrics) as store:
         yield store
 
 
 def migration_of(cluster: ValkeyCluster, slot: int = SLOT) -> SlotMigration:
     source = cluster.primary_of(slot)
     return SlotMigration(cluster, slot, next(port for port in cluster.primaries if port != source))
-
-
-def in_thread(step: Callable[..., None], *args: object) -> "asyncio.Future[None]":
-    """A step of the harness, which blocks, while the load goes on."""
-    return asyncio.ensure_future(asyncio.to_thread(step, *args))
 
 
 def refusals(cluster: ValkeyCluster, code: str) -> int:
@@ -85,9 +69,7 @@ async def test_scripts_run_for_accounts_of_every_shard(cluster: ValkeyCluster, s
 
 
 async def test_the_engine_works_on_a_cluster(cluster: ValkeyCluster, metrics: Metrics) -> None:
-    store = Store(cluster.url, 5000, metrics)
-    await store.start()
-    try:
+    async with started_store(cluster.url, metrics) as store:
         operator = Operator(store, PLANS, "standard")
         names = [f"customer-{i}" for i in range(20)]
         await asyncio.gather(*(operator.create_account(name) for name in names))
@@ -95,8 +77,6 @@ async def test_the_engine_works_on_a_cluster(cluster: ValkeyCluster, metrics: Me
         assert await operator.accounts() == sorted(names)
         assert {(await operator.funds(name)).balance_nano for name in names} == {7}
         assert await operator.reservations() == []
-    finally:
-        await store.close()
 
 
 async def test_commands_without_a_key_go_to_any_primary(store: Store) -> None:
@@ -138,7 +118,7 @@ async def test_a_script_with_keys_on_two_nodes_waits_and_is_then_refused(
     cluster: ValkeyCluster, metrics: Metrics
 ) -> None:
     (account,) = accounts_in(SHARD, 1)
-    async with started(cluster.url, metrics, 300) as store:
+    async with adding_store(cluster.url, metrics, 300) as store:
         await add(store, account, "before", 1)
         migration = migration_of(cluster)
         migration.begin()
@@ -175,9 +155,7 @@ async def test_after_a_slot_moved_it_is_known_where_it_is(cluster: ValkeyCluster
     await add(store, account, "before", 1)
     before = refusals(cluster, "MOVED")
     migration = migration_of(cluster)
-    migration.begin()
-    migration.move(*migration.keys())
-    migration.finish()
+    migration.complete()
     assert await add(store, account, "first", 1) == (True, 2)
     told = refusals(cluster, "MOVED")
     assert told == before + 1
@@ -191,7 +169,7 @@ async def test_after_a_slot_moved_it_is_known_where_it_is(cluster: ValkeyCluster
 async def test_a_primary_is_killed_under_load(cluster: ValkeyCluster, metrics: Metrics) -> None:
     """What was answered and not yet replicated may be lost, so everything is said again: it still counts once."""
     failovers: list[None] = []
-    async with started(cluster.url, metrics, 1000) as store:
+    async with adding_store(cluster.url, metrics, 1000) as store:
         store.on_failover = lambda: failovers.append(None)
         adds = Adds(store, accounts_in(SHARD, 5) + [accounts_in(shard, 1)[0] for shard in range(10)])
         async with adds.load(workers=200):
@@ -207,7 +185,7 @@ async def test_a_primary_is_killed_under_load(cluster: ValkeyCluster, metrics: M
 
 
 async def test_a_primary_that_hangs_is_replaced(cluster: ValkeyCluster, metrics: Metrics) -> None:
-    async with started(cluster.url, metrics, 300) as store:
+    async with adding_store(cluster.url, metrics, 300) as store:
         adds = Adds(store, accounts_in(SHARD, 5))
         hung = cluster.primary_of(SLOT)
         async with adds.load(workers=20):
@@ -240,9 +218,7 @@ async def test_moving_a_slot_between_primaries_is_no_failover(cluster: ValkeyClu
     store.on_failover = lambda: failovers.append(None)
     (account,) = accounts_in(SHARD, 1)
     migration = migration_of(cluster)
-    migration.begin()
-    migration.move(*migration.keys())
-    migration.finish()
+    migration.complete()
     assert await add(store, account, "op", 1) == (True, 1)
     assert await store.wait_connected(20)
     assert not failovers
@@ -252,7 +228,7 @@ async def test_a_part_without_any_node_is_unavailable_until_it_is_back(
     cluster: ValkeyCluster, metrics: Metrics
 ) -> None:
     (account,) = accounts_in(SHARD, 1)
-    async with started(cluster.url, metrics, 500) as store:
+    async with adding_store(cluster.url, metrics, 500) as store:
         await add(store, account, "before", 1)
         replica = cluster.replica_of(SLOT)
         cluster.kill_primary_of(SLOT)
@@ -271,7 +247,7 @@ async def test_a_part_without_any_node_is_unavailable_until_it_is_back(
 async def refusal_of(url: str, metrics: Metrics) -> str:
     """Why a store with this URL does not start."""
     with pytest.raises(StoreError) as caught:
-        async with started(url, metrics):
+        async with adding_store(url, metrics):
             pass
     return str(caught.value)
 
@@ -291,7 +267,7 @@ async def test_a_wrong_url_gets_a_clear_error(cluster: ValkeyCluster, metrics: M
 
 async def test_one_node_that_answers_is_enough(cluster: ValkeyCluster, metrics: Metrics) -> None:
     dead = ",".join(f"127.0.0.1:{free_port()}" for _ in range(2))
-    async with started(f"redis+cluster://{dead},127.0.0.1:{cluster.ports[-1]}", metrics) as store:
+    async with adding_store(f"redis+cluster://{dead},127.0.0.1:{cluster.ports[-1]}", metrics) as store:
         assert await add(store, accounts_in(SHARD, 1)[0], "op", 1) == (True, 1)
 
 
@@ -314,9 +290,9 @@ async def test_one_primary_that_would_lose_credits_is_enough_to_refuse(
         for setting in wrong:
             cluster.command(port, "CONFIG", "SET", *setting.split())
         with pytest.raises(StoreUnsuitable, match=message):
-            async with started(cluster.url, metrics):
+            async with adding_store(cluster.url, metrics):
                 pass
-        async with started(cluster.url, metrics, unsafe=True) as store:
+        async with adding_store(cluster.url, metrics, allow_unsafe=True) as store:
             shown = await store.settings()
             assert any("/" in value for value in shown.values()), shown
     finally:

@@ -1,7 +1,6 @@
 """What the engine promises to those who use it, on a real store whose clock the tests move."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -13,7 +12,6 @@ from gateway.credits.errors import (
     EngineError,
     OperationConflict,
     Rejected,
-    StoreRefused,
     StoreUnavailable,
     UnknownAccount,
     UnknownPlan,
@@ -32,22 +30,7 @@ from gateway.telemetry.metrics import Metrics
 from tests.conftest import PLANS, START_MS, TimedServer
 from tests.engine_calls import ACCOUNT, CREDIT, HOUR_MS, SHARD, denial, hold, ledger, new_identity, reserve
 from tests.servers import MovableClock, ValkeyServer
-
-
-@pytest.fixture
-async def own_store(own_server: ValkeyServer, metrics: Metrics) -> AsyncIterator[Store]:
-    store = Store(own_server.url, 300, metrics)
-    await store.start()
-    yield store
-    await store.close()
-
-
-@pytest.fixture
-async def own_engine(own_store: Store, metrics: Metrics, journal: Journal) -> AsyncIterator[CreditEngine]:
-    engine = CreditEngine(own_store, PLANS, "standard", metrics, journal)
-    yield engine
-    assert await engine.close(30) == 0
-
+from tests.stores import started_store
 
 # --- who pays -------------------------------------------------------------------------------------------------------
 
@@ -566,12 +549,10 @@ async def test_a_cancelled_reservation_leaves_no_hold(
 
 
 async def test_reservations_cancelled_while_the_store_works_leave_no_hold(
-    own_server: ValkeyServer, own_store: Store, own_engine: CreditEngine
+    own_server: ValkeyServer, own_engine: CreditEngine, own_operator: Operator, own_acme: Identity
 ) -> None:
-    operator = Operator(own_store, PLANS, "standard")
-    identity = await new_identity(operator, own_engine, ACCOUNT, "standard")
     own_server.pause()  # the calls are written and not answered
-    tasks = [asyncio.create_task(reserve(own_engine, identity, 1_000)) for _ in range(20)]
+    tasks = [asyncio.create_task(reserve(own_engine, own_acme, 1_000)) for _ in range(20)]
     await asyncio.sleep(0.05)
     for task in tasks:
         task.cancel()
@@ -579,7 +560,7 @@ async def test_reservations_cancelled_while_the_store_works_leave_no_hold(
     own_server.resume()
     assert {type(outcome) for outcome in outcomes} == {asyncio.CancelledError}
     assert await own_engine.close(30) == 0
-    assert await operator.reservations() == []
+    assert await own_operator.reservations() == []
 
 
 @pytest.mark.parametrize("steps", range(1, 6))
@@ -602,59 +583,40 @@ async def test_a_cancelled_settlement_lands_once(
 
 
 async def test_a_settlement_during_an_outage_lands_when_the_store_is_back(
-    own_server: ValkeyServer, own_store: Store, own_engine: CreditEngine
+    own_server: ValkeyServer, own_engine: CreditEngine, own_operator: Operator, own_acme: Identity
 ) -> None:
-    operator = Operator(own_store, PLANS, "standard")
-    identity = await new_identity(operator, own_engine, ACCOUNT, "standard")
-    charged = await hold(own_engine, identity, 40_000_000)
-    given_up = await hold(own_engine, identity, 40_000_000)
+    charged = await hold(own_engine, own_acme, 40_000_000)
+    given_up = await hold(own_engine, own_acme, 40_000_000)
     own_server.kill()
     with pytest.raises(StoreUnavailable):
         await own_engine.settle(charged, 30_000_000 * FEMTO_PER_NANO, "")
     await own_engine.void(given_up)
     with pytest.raises(StoreUnavailable):
-        await reserve(own_engine, identity, 1)
+        await reserve(own_engine, own_acme, 1)
 
     own_server.start()
     assert await own_engine.close(30) == 0
-    funds = await operator.funds(ACCOUNT)
+    funds = await own_operator.funds(ACCOUNT)
     assert (funds.used_nano, funds.held_nano) == (30_000_000, 0)
-    assert await operator.reservations() == []
-    await own_engine.void(await hold(own_engine, identity, 1))
+    assert await own_operator.reservations() == []
+    await own_engine.void(await hold(own_engine, own_acme, 1))
 
 
 async def test_a_store_that_hangs_charges_nothing_twice(
-    own_server: ValkeyServer, own_store: Store, own_engine: CreditEngine
+    own_server: ValkeyServer, own_store: Store, own_engine: CreditEngine, own_operator: Operator, own_acme: Identity
 ) -> None:
-    operator = Operator(own_store, PLANS, "standard")
-    identity = await new_identity(operator, own_engine, ACCOUNT, "standard")
-    held = await asyncio.gather(*(hold(own_engine, identity, 5_000_000) for _ in range(10)))
+    held = await asyncio.gather(*(hold(own_engine, own_acme, 5_000_000) for _ in range(10)))
     own_server.pause()
     settling = (own_engine.settle(one, 4_000_000 * FEMTO_PER_NANO, "") for one in held)
-    for outcome in await asyncio.gather(*settling, reserve(own_engine, identity, 1), return_exceptions=True):
+    for outcome in await asyncio.gather(*settling, reserve(own_engine, own_acme, 1), return_exceptions=True):
         assert isinstance(outcome, StoreUnavailable)
 
     own_server.resume()
     assert await own_engine.close(30) == 0
-    funds = await operator.funds(ACCOUNT)
+    funds = await own_operator.funds(ACCOUNT)
     assert (funds.used_nano, funds.held_nano) == (40_000_000, 0)
     assert [entry["kind"] for entry in await ledger(own_store)].count("settle") == 10
-    assert await operator.reservations() == []
-
-
-async def test_a_store_that_is_full_takes_the_settlement_later(
-    own_server: ValkeyServer, own_store: Store, own_engine: CreditEngine
-) -> None:
-    operator = Operator(own_store, PLANS, "standard")
-    identity = await new_identity(operator, own_engine, ACCOUNT, "standard")
-    held = await hold(own_engine, identity, 40_000_000)
-    await own_store.call("CONFIG", "SET", "maxmemory", 1)
-    with pytest.raises(StoreRefused, match="OOM"):
-        await own_engine.settle(held, 30_000_000 * FEMTO_PER_NANO, "")
-    assert (await operator.funds(ACCOUNT)).held_nano == 40_000_000
-    await own_store.call("CONFIG", "SET", "maxmemory", 0)
-    assert await own_engine.close(30) == 0
-    assert (await operator.funds(ACCOUNT)).used_nano == 30_000_000
+    assert await own_operator.reservations() == []
 
 
 async def test_scripts_that_the_store_forgot_are_sent_again(
@@ -680,23 +642,21 @@ async def test_two_gateways_share_one_account(
     metrics: Metrics,
     journal: Journal,
 ) -> None:
-    store = Store(valkey.url, 5000, metrics)
-    await store.start()
-    second = CreditEngine(store, PLANS, "standard", metrics, journal)
-    outcomes = await asyncio.gather(
-        *(reserve(gateway, acme, 10_000_000) for _ in range(50) for gateway in (engine, second))
-    )
-    held = [outcome for outcome in outcomes if isinstance(outcome, Reservation)]
-    assert len(held) == 10
-    await asyncio.gather(*(second.settle(one, 1 * FEMTO_PER_NANO, "") for one in held))  # whoever settles
-    assert (await operator.funds(ACCOUNT)).used_nano == 10
+    async with started_store(valkey.url, metrics) as store:
+        second = CreditEngine(store, PLANS, "standard", metrics, journal)
+        outcomes = await asyncio.gather(
+            *(reserve(gateway, acme, 10_000_000) for _ in range(50) for gateway in (engine, second))
+        )
+        held = [outcome for outcome in outcomes if isinstance(outcome, Reservation)]
+        assert len(held) == 10
+        await asyncio.gather(*(second.settle(one, 1 * FEMTO_PER_NANO, "") for one in held))  # whoever settles
+        assert (await operator.funds(ACCOUNT)).used_nano == 10
 
-    await operator.set_plan(ACCOUNT, "professional")
-    for gateway in (engine, second):
-        one = await hold(gateway, acme, 110_000_000)
-        assert (one.plan.name, one.reserved.source) == ("professional", "allowance")
-        await gateway.void(one)
-    await store.close()
+        await operator.set_plan(ACCOUNT, "professional")
+        for gateway in (engine, second):
+            one = await hold(gateway, acme, 110_000_000)
+            assert (one.plan.name, one.reserved.source) == ("professional", "allowance")
+            await gateway.void(one)
 
 
 async def test_the_same_request_again_gets_the_same_answer(

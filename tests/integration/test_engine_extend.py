@@ -6,7 +6,6 @@ import pytest
 
 from gateway.credits import scripts
 from gateway.credits.errors import StoreUnavailable
-from gateway.credits.keyspace import shard_keys
 from gateway.credits.operator import Operator
 from gateway.credits.service import LEASE_MS, CreditEngine, Identity, Reservation, Seen
 from gateway.credits.store import Store
@@ -22,6 +21,7 @@ from tests.engine_calls import (
     extend,
     hold,
     ledger,
+    lose_record,
     new_identity,
     settle,
     spend,
@@ -235,8 +235,7 @@ async def test_a_reservation_that_the_store_has_lost_is_held_again(
     engine: CreditEngine, store: Store, acme: Identity
 ) -> None:
     held = await hold(engine, acme, 20_000_000)
-    keys = shard_keys(SHARD)
-    await store.call("HDEL", keys.records, held.id)
+    await lose_record(store, held.id)
     await extend(engine, held, 60_000_000)
     assert figures(held) == (60_000_000, 60_000_000, 0)
     assert (await settle(engine, held, 60_000_000)).cost_nano == 60_000_000

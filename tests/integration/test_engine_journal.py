@@ -1,7 +1,6 @@
 """What the engine owes the store while the store is away, forgets or goes back in time."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 
 from gateway.credits.errors import StoreRefused, StoreUnavailable, UnknownReservation
 from gateway.credits.journal import Journal
-from gateway.credits.keyspace import money_keys, shard_keys
+from gateway.credits.keyspace import money_keys
 from gateway.credits.operator import Operator
 from gateway.credits.service import CreditEngine, Identity, Seen
 from gateway.credits.store import Store
@@ -27,26 +26,12 @@ from tests.engine_calls import (
     hold,
     last_entry,
     ledger,
+    lose_record,
     new_identity,
     settle,
     spend,
 )
 from tests.servers import MovableClock, ValkeyServer
-
-
-@pytest.fixture
-async def own_store(own_server: ValkeyServer, metrics: Metrics) -> AsyncIterator[Store]:
-    store = Store(own_server.url, 1_000, metrics)
-    await store.start()
-    yield store
-    await store.close()
-
-
-async def lose(store: Store, reservation: str) -> None:
-    """A failover to a replica that had not heard of the reservation, as far as its record goes."""
-    keys = shard_keys(SHARD)
-    await store.call("HDEL", keys.records, reservation)
-    await store.call("ZREM", keys.due, reservation)
 
 
 async def test_what_the_store_could_not_take_lands_after_a_restart_of_the_gateway(
@@ -89,19 +74,18 @@ async def test_what_the_store_could_not_take_lands_after_a_restart_of_the_gatewa
 
 
 async def test_a_store_that_is_full_has_its_settlements_in_the_journal_until_it_takes_them(
-    own_store: Store, metrics: Metrics, journal: Journal
+    own_store: Store, own_engine: CreditEngine, own_operator: Operator, own_acme: Identity, journal: Journal
 ) -> None:
-    engine = CreditEngine(own_store, PLANS, "standard", metrics, journal)
-    operator = Operator(own_store, PLANS, "standard")
-    held = await hold(engine, await new_identity(operator, engine, ACCOUNT, "standard"), 40_000_000)
+    held = await hold(own_engine, own_acme, 40_000_000)
     await own_store.call("CONFIG", "SET", "maxmemory", 1)
     with pytest.raises(StoreRefused, match="OOM"):
-        await settle(engine, held, 30_000_000)
+        await settle(own_engine, held, 30_000_000)
     assert journal.pending == 1
+    assert (await own_operator.funds(ACCOUNT)).held_nano == 40_000_000
     await own_store.call("CONFIG", "SET", "maxmemory", 0)
-    assert await engine.close(30) == 0
+    assert await own_engine.close(30) == 0
     assert journal.pending == 0
-    assert (await operator.funds(ACCOUNT)).used_nano == 30_000_000
+    assert (await own_operator.funds(ACCOUNT)).used_nano == 30_000_000
 
 
 @pytest.mark.parametrize(("cost", "paid"), [(0, (0, 0, 0)), (150_000_000, (100_000_000, 50_000_000, 0))])
@@ -117,7 +101,7 @@ async def test_a_request_whose_reservation_the_store_lost_is_charged_all_the_sam
     await operator.credit(ACCOUNT, CREDIT, "grant")
     held = await hold(engine, acme, 1)
     await settle(engine, held, 0)  # so that nothing is held, and then it is as if it had never been
-    await lose(store, held.id)
+    await lose_record(store, held.id)
     clock.move(HOUR_MS - 1)
     settlement = await settle(engine, held, cost, "note")
     assert (settlement.from_allowance_nano, settlement.from_balance_nano, settlement.written_off_nano) == paid
@@ -139,7 +123,7 @@ async def test_a_lost_reservation_is_charged_at_the_rate_that_it_was_made_at(
     dev = await new_identity(operator, engine, ACCOUNT, "developer")
     held = await hold(engine, dev, 10)
     await engine.void(held)
-    await lose(store, held.id)
+    await lose_record(store, held.id)
     assert (await settle(engine, held, 1_000_000_001)).from_allowance_nano == 900_000_001
     await check_books(store)
 
@@ -149,7 +133,7 @@ async def test_a_lost_reservation_that_crosses_midnight_counts_in_the_window_of_
 ) -> None:
     clock.move(11 * HOUR_MS)  # half an hour before it
     held = await spend(engine, acme, 1)
-    await lose(store, held.id)
+    await lose_record(store, held.id)
     clock.move(HOUR_MS - 1)
     await spend(engine, acme, 10)
     await settle(engine, held, 30_000_000)
@@ -164,7 +148,7 @@ async def test_one_made_an_hour_ago_may_have_been_forgotten_and_is_not_charged_a
 ) -> None:
     held = await spend(engine, acme, 10)
     clock.move(HOUR_MS - 1)
-    await lose(store, held.id)
+    await lose_record(store, held.id)
     other = await hold(engine, acme, 5)
     clock.move(1)
     with pytest.raises(UnknownReservation):
@@ -201,7 +185,7 @@ async def test_a_settlement_of_an_answer_that_outlived_its_lost_reservation_is_w
 ) -> None:
     """Extended after the loss, and settled: one charge, of the whole cost."""
     held = await hold(engine, acme, 0)
-    await lose(store, held.id)
+    await lose_record(store, held.id)
     await extend(engine, held, 60_000_000, seen=10)
     assert held.reserved.payg_nano == 60_000_000
     await settle(engine, held, 55_000_000)
@@ -214,7 +198,7 @@ async def test_a_renewal_that_comes_after_the_end_of_a_lost_reservation_holds_no
     engine: CreditEngine, operator: Operator, store: Store, acme: Identity
 ) -> None:
     ended = await hold(engine, acme, 0)
-    await lose(store, ended.id)
+    await lose_record(store, ended.id)
     await engine.void(ended)
     await extend(engine, ended, 60_000_000)
     assert (await operator.funds(ACCOUNT)).held_nano == 0
@@ -222,19 +206,21 @@ async def test_a_renewal_that_comes_after_the_end_of_a_lost_reservation_holds_no
 
 
 async def test_calls_that_are_cancelled_while_the_store_is_away_are_not_forgotten(
-    own_server: ValkeyServer, own_store: Store, metrics: Metrics, journal: Journal
+    own_server: ValkeyServer,
+    own_engine: CreditEngine,
+    own_operator: Operator,
+    own_acme: Identity,
+    journal: Journal,
 ) -> None:
-    engine = CreditEngine(own_store, PLANS, "standard", metrics, journal)
-    operator = Operator(own_store, PLANS, "standard")
-    held = await hold(engine, await new_identity(operator, engine, ACCOUNT, "standard"), 40_000_000)
+    held = await hold(own_engine, own_acme, 40_000_000)
     own_server.pause()
-    settling = asyncio.create_task(engine.settle(held, 30_000_000 * FEMTO_PER_NANO, ""))
+    settling = asyncio.create_task(own_engine.settle(held, 30_000_000 * FEMTO_PER_NANO, ""))
     await asyncio.sleep(0.05)
     settling.cancel()
     await asyncio.gather(settling, return_exceptions=True)
     own_server.resume()
-    assert await engine.close(30) == 0
-    funds = await operator.funds(ACCOUNT)
+    assert await own_engine.close(30) == 0
+    funds = await own_operator.funds(ACCOUNT)
     assert (funds.used_nano, funds.held_nano) == (30_000_000, 0)
     assert journal.pending == 0
 

@@ -2,20 +2,18 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 
 from gateway.credits import scripts, service
 from gateway.credits.errors import UnknownAccount, UnknownReservation
-from gateway.credits.journal import Journal
 from gateway.credits.operator import Operator
 from gateway.credits.service import LEASE_MS, CreditEngine, Identity, Seen
 from gateway.credits.store import Store
-from gateway.domain.plan import DAY_MS
+from gateway.domain.plan import DAY_MS, Plan
 from gateway.domain.price import FEMTO_PER_NANO, Cost
-from gateway.telemetry.metrics import Metrics
 from tests.conftest import PLANS as BASE_PLANS
 from tests.engine_calls import (
     ACCOUNT,
@@ -26,6 +24,7 @@ from tests.engine_calls import (
     hold,
     last_entry,
     ledger,
+    lose_gateway,
     new_identity,
     settle,
     spend,
@@ -42,27 +41,8 @@ PLANS = {
 
 
 @pytest.fixture
-async def engine(store: Store, metrics: Metrics, journal: Journal) -> AsyncIterator[CreditEngine]:
-    engine = CreditEngine(store, PLANS, "seen", metrics, journal)
-    yield engine
-    assert await engine.close(5) == 0
-
-
-@pytest.fixture
-def operator(store: Store) -> Operator:
-    return Operator(store, PLANS, "seen")
-
-
-@pytest.fixture
-async def acme(operator: Operator, engine: CreditEngine) -> Identity:
-    """On the plan that charges what was seen."""
-    return await new_identity(operator, engine, ACCOUNT, "seen")
-
-
-async def lose(engine: CreditEngine, clock: MovableClock) -> None:
-    """The gateway is gone for as long as a lease lasts."""
-    clock.move(LEASE_MS)
-    assert await engine.expire_due(SHARD) == 1
+def plans() -> Mapping[str, Plan]:
+    return PLANS
 
 
 async def test_a_living_gateways_leases_are_renewed_with_what_was_seen(
@@ -89,8 +69,7 @@ async def test_a_living_gateways_leases_are_renewed_with_what_was_seen(
     assert await engine.expire_due(SHARD) == 0
     assert streaming.reserved.from_allowance_nano == 40_000_000
 
-    clock.move(LEASE_MS)  # and then it dies
-    assert await engine.expire_due(SHARD) == 1
+    await lose_gateway(engine, clock)
     assert (await operator.funds(ACCOUNT)).used_nano == 7_000_001
     entry = (await ledger(store))[-1]
     assert (entry["kind"], entry["id"], entry["note"], entry["model"], entry["key"]) == (
@@ -114,7 +93,7 @@ async def test_what_a_dead_gateways_stream_is_charged_and_what_its_late_settleme
     identity = await new_identity(operator, engine, ACCOUNT, plan)
     held = await hold(engine, identity, 40_000_000)
     await extend(engine, held, 0, seen=12_000_000, note="so far")
-    await lose(engine, clock)
+    await lose_gateway(engine, clock)
     funds = await operator.funds(ACCOUNT)
     assert (funds.used_nano, funds.held_nano) == (charged, 0)
     entry = (await ledger(store))[-1]
@@ -142,8 +121,7 @@ async def test_a_late_settlement_moves_prepaid_credits_by_the_difference_only(
     await spend(engine, identity, 80_000_000)
     cheaper, dearer = [await hold(engine, identity, 30_000_000) for _ in range(2)]
     assert dearer.reserved.from_balance_nano == 30_000_000
-    clock.move(LEASE_MS)
-    assert await engine.expire_due(SHARD) == 2
+    await lose_gateway(engine, clock, reservations=2)
     assert (await operator.funds(ACCOUNT)).balance_nano == 10_000_000
     await check_books(store)
 
@@ -162,7 +140,7 @@ async def test_a_late_settlement_of_what_was_seen_beyond_everything(
 ) -> None:
     held = await hold(engine, acme, 40_000_000)
     await extend(engine, held, 0, seen=130_000_000)
-    await lose(engine, clock)
+    await lose_gateway(engine, clock)
     _, _, postings = await last_entry(store)
     assert postings["written_off"] == 30_000_000
     settlement = await settle(engine, held, 90_000_000)
@@ -176,7 +154,7 @@ async def test_at_a_rate_a_lost_hold_is_charged_as_it_was_held(
 ) -> None:
     identity = await new_identity(operator, engine, ACCOUNT, "cheap")
     await hold(engine, identity, 40_000_001)
-    await lose(engine, clock)
+    await lose_gateway(engine, clock)
     assert (await operator.funds(ACCOUNT)).used_nano == 36_000_001
     await check_books(store)
 
@@ -233,7 +211,7 @@ async def test_a_void_after_the_lease_ran_out_gives_back_what_was_charged(
     await operator.credit(ACCOUNT, 20_000_000, "grant")
     held = await hold(engine, acme, 110_000_000)
     await extend(engine, held, 0, seen=130_000_000)
-    await lose(engine, clock)
+    await lose_gateway(engine, clock)
     assert (await operator.funds(ACCOUNT)).balance_nano == 0
     assert (await operator.void_reservation(held.id)).cost_nano == 0
     funds = await operator.funds(ACCOUNT)
@@ -263,8 +241,7 @@ async def test_an_expired_reservation_is_settled_for_a_day_and_then_forgotten(
 ) -> None:
     held = await hold(engine, acme, 40_000_000)
     other = await hold(engine, acme, 10_000_000)
-    clock.move(LEASE_MS)
-    assert await engine.expire_due(SHARD) == 2
+    await lose_gateway(engine, clock, reservations=2)
     clock.move(DAY_MS - 1)
     assert await engine.expire_due(SHARD) == 0
     assert (await settle(engine, held, 5)).state == "settled"
@@ -290,7 +267,7 @@ async def test_what_was_seen_never_goes_down_when_calls_overtake_each_other(
             seen_note=str(seen),
             lease_ms=LEASE_MS,
         )
-    await lose(engine, clock)
+    await lose_gateway(engine, clock)
     assert (await operator.funds(ACCOUNT)).used_nano == 20_000_000
     assert (await ledger(store))[-1]["note"] == "20000000"
 
@@ -315,7 +292,7 @@ async def test_the_gateway_that_comes_back_takes_its_stream_to_the_end(
     await operator.credit(ACCOUNT, 20_000_000, "grant")
     held = await hold(engine, acme, 105_000_000)
     await extend(engine, held, 0, seen=130_000_000)
-    await lose(engine, clock)
+    await lose_gateway(engine, clock)
     await extend(engine, held, 110_000_000, seen=131_000_000)
     funds = await operator.funds(ACCOUNT)
     assert (funds.used_nano, funds.held_nano, funds.balance_nano, funds.balance_held_nano) == (
@@ -338,14 +315,14 @@ async def test_one_that_is_opened_again_grows_from_what_it_was_charged(
 ) -> None:
     held = await hold(engine, acme, 40_000_000)
     await extend(engine, held, 0, seen=15_000_000)
-    await lose(engine, clock)
+    await lose_gateway(engine, clock)
     other = await hold(engine, acme, 70_000_000)
     await extend(engine, held, 40_000_000, seen=15_000_000)
     assert (await operator.funds(ACCOUNT)).held_nano == 100_000_000  # 15 again, and 15 more that were free
     await engine.void(other)
     await extend(engine, held, 60_000_000, seen=15_000_000)
     assert (await operator.funds(ACCOUNT)).held_nano == 60_000_000
-    await lose(engine, clock)
+    await lose_gateway(engine, clock)
     assert (await operator.funds(ACCOUNT)).used_nano == 15_000_000
     await check_books(store)
 

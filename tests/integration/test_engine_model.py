@@ -132,6 +132,7 @@ class Made:
     amount: Cost
     minimum_nano: int
     alone_nano: int
+    grows: bool
     created_ms: int
 
 
@@ -447,7 +448,16 @@ class EngineMachine(RuleBasedStateMachine):
         minimum = (0, 1, amount.payg_nano // 2, amount.payg_nano)[number % 4]
         minimum = min(minimum, amount.payg_nano)
         alone = minimum if number % 3 else minimum // 2
-        return Made(name, reservation_id(name, f"{number:024x}"), plan, amount, minimum, alone, self.model.now_ms)
+        return Made(
+            name,
+            reservation_id(name, f"{number:024x}"),
+            plan,
+            amount,
+            minimum,
+            alone,
+            number % 2 == 0,
+            self.model.now_ms,
+        )
 
     def _made(self, back: int) -> Made:
         return self.made[-1 - back % len(self.made)]
@@ -475,6 +485,7 @@ class EngineMachine(RuleBasedStateMachine):
             "lease_ms": lease_ms,
             "key_id": key,
             "repeat": repeat,
+            "grows": made.grows,
         }
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(scripts, "_gateway_ms", lambda: gateway_ms)
@@ -483,9 +494,7 @@ class EngineMachine(RuleBasedStateMachine):
                 lambda: self.model.reserve(made.account, made.id, **asked, gateway_ms=gateway_ms),
             )
         if isinstance(outcome, Reserved) and made not in self.made:
-            # A minimum above the amount (changed for a repeat, the first record forgotten) asks for the amount.
-            least = min(made.alone_nano, made.amount.payg_nano)
-            assert least <= outcome.payg_nano <= made.amount.payg_nano
+            assert made.alone_nano <= outcome.payg_nano <= made.amount.payg_nano
             self.made.append(made)
 
     def _settle(self, made: Made, name: str, base: str, off: int, created_ms: int = 0) -> None:

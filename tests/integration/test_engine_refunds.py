@@ -5,7 +5,7 @@ import pytest
 from gateway.credits.errors import OperationConflict, Rejected, UnknownAccount, UnknownReservation
 from gateway.credits.keyspace import shard_of
 from gateway.credits.operator import Operator
-from gateway.credits.service import LEASE_MS, CreditEngine, Identity
+from gateway.credits.service import CreditEngine, Identity
 from gateway.credits.store import Store
 from gateway.domain.money import MAX_NANO
 from gateway.domain.plan import DAY_MS
@@ -18,6 +18,7 @@ from tests.engine_calls import (
     hold,
     last_entry,
     ledger,
+    lose_gateway,
     settle,
     spend,
 )
@@ -143,8 +144,7 @@ async def test_what_a_lost_gateways_request_was_charged_can_be_refunded(
 ) -> None:
     held = await hold(engine, acme, 40_000_000)
     await extend(engine, held, 0, seen=130_000_000)
-    clock.move(LEASE_MS)
-    assert await engine.expire_due(SHARD) == 1
+    await lose_gateway(engine, clock)
     given = await operator.refund_request(ACCOUNT, held.id)
     assert (given.from_allowance_nano, given.written_off_nano) == (100_000_000, 30_000_000)
     _, _, postings = await last_entry(store)

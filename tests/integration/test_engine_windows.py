@@ -1,20 +1,18 @@
 """Plans with several windows at once: what each counts, which decides, and what happens when they change."""
 
-from collections.abc import AsyncIterator
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 
 from gateway.credits import scripts
 from gateway.credits.errors import Rejected
-from gateway.credits.journal import Journal
 from gateway.credits.keyspace import account_key
 from gateway.credits.operator import Operator
 from gateway.credits.service import CreditEngine, Identity
 from gateway.credits.store import Store
 from gateway.domain.decision import Funds
 from gateway.domain.plan import DAY_MS, Allowance, Plan
-from gateway.telemetry.metrics import Metrics
 from tests.conftest import START_MS
 from tests.engine_calls import (
     ACCOUNT,
@@ -52,21 +50,9 @@ NEXT_DAY_MS = START_MS - START_MS % DAY_MS + DAY_MS
 
 
 @pytest.fixture
-async def engine(store: Store, metrics: Metrics, journal: Journal) -> AsyncIterator[CreditEngine]:
-    engine = CreditEngine(store, PLANS, "guarded", metrics, journal)
-    yield engine
-    assert await engine.close(5) == 0
-
-
-@pytest.fixture
-def operator(store: Store) -> Operator:
-    return Operator(store, PLANS, "guarded")
-
-
-@pytest.fixture
-async def acme(operator: Operator, engine: CreditEngine) -> Identity:
-    """1,000 nano-credits per shift of eight hours, and 2,000 a day."""
-    return await new_identity(operator, engine, ACCOUNT, "guarded")
+def plans() -> Mapping[str, Plan]:
+    """Of the default one, 1,000 nano-credits per shift of eight hours, and 2,000 a day."""
+    return PLANS
 
 
 def used(funds: Funds) -> list[int]:

@@ -18,6 +18,7 @@ from gateway.telemetry.metrics import Metrics
 from tests.conftest import PLANS, TimedServer
 from tests.engine_calls import ACCOUNT, SHARD, extend, hold, new_identity, settle, spend
 from tests.servers import MovableClock
+from tests.stores import started_store
 
 TERMS = (1_000_000, 1, "charge_seen", "per_window", 100, DAY_MS)
 ID = "rsv_00ffffffffffffffffffffffff"
@@ -28,7 +29,7 @@ NOW_MS = 1_804_000_000_000
 #: follow (None: their number is fixed).
 CALLS: dict[str, tuple[tuple[str, ...], tuple[str | int, ...], int | None]] = {
     "create": ((MONEY_KEYS[0], MONEY_KEYS[3]), (ACCOUNT, "standard", *TERMS), 5),
-    "reserve": (MONEY_KEYS, (ACCOUNT, ID, 5, 5, 5, 5, 60_000, NOW_MS, "", "model", "", "", "standard", *TERMS), 16),
+    "reserve": (MONEY_KEYS, (ACCOUNT, ID, 5, 5, 5, 5, 60_000, NOW_MS, "", "model", "", "", 0, "standard", *TERMS), 17),
     "extend": (MONEY_KEYS, (ACCOUNT, ID, 9, 9, 1, 1, "note", 60_000, NOW_MS, "standard", *TERMS), 13),
     "settle": (MONEY_KEYS, (ACCOUNT, ID, 5, 5, "note", NOW_MS, "", "model", "standard", *TERMS), 12),
     "release": (MONEY_KEYS, (ACCOUNT, ID, "void"), None),
@@ -122,18 +123,16 @@ async def test_credits_are_shown_while_the_store_is_full_or_hands_over(
     valkey: TimedServer, metrics: Metrics, operator: Operator, acme: Identity
 ) -> None:
     """A primary that hands over to its replica holds back everything that may write."""
-    impatient = Store(valkey.url, 500, metrics)
-    await impatient.start()
-    try:
-        valkey.server.command("CONFIG", "SET", "maxmemory", 1)
-        shown = Operator(impatient, PLANS, "standard")
-        assert (await shown.funds(ACCOUNT)).granted_nano == 100_000_000
-        valkey.server.command("CLIENT", "PAUSE", 60_000, "WRITE")
-        assert (await shown.funds(ACCOUNT)).granted_nano == 100_000_000
-    finally:
-        valkey.server.command("CLIENT", "UNPAUSE")
-        valkey.server.command("CONFIG", "SET", "maxmemory", 0)
-        await impatient.close()
+    async with started_store(valkey.url, metrics, 500) as impatient:
+        try:
+            valkey.server.command("CONFIG", "SET", "maxmemory", 1)
+            shown = Operator(impatient, PLANS, "standard")
+            assert (await shown.funds(ACCOUNT)).granted_nano == 100_000_000
+            valkey.server.command("CLIENT", "PAUSE", 60_000, "WRITE")
+            assert (await shown.funds(ACCOUNT)).granted_nano == 100_000_000
+        finally:
+            valkey.server.command("CLIENT", "UNPAUSE")
+            valkey.server.command("CONFIG", "SET", "maxmemory", 0)
 
 
 class Watched:

@@ -2,18 +2,17 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 
 import pytest
 
 from gateway.credits.errors import StoreError, StoreRefused, StoreUnsuitable
 from gateway.credits.operator import Operator
-from gateway.credits.store import Store
 from gateway.telemetry.metrics import Metrics
 from tests.conftest import PLANS
-from tests.exactly_once import ADD, Adds, accounts_in, add
-from tests.servers import ValkeySentinels, free_port, valkey_sentinels
+from tests.exactly_once import Adds, accounts_in, add, adding_store
+from tests.servers import ValkeySentinels, free_port, in_thread, valkey_sentinels
+from tests.stores import started_store
 
 ACCOUNT = accounts_in(7, 1)[0]
 
@@ -25,24 +24,10 @@ def sentinels() -> Iterator[ValkeySentinels]:
         yield sentinels
 
 
-@asynccontextmanager
-async def started(url: str, metrics: Metrics, timeout_ms: int = 1000, *, unsafe: bool = False) -> AsyncIterator[Store]:
-    store = Store(url, timeout_ms, metrics, allow_unsafe=unsafe, scripts=[ADD])
-    try:
-        await store.start()
-        yield store
-    finally:
-        await store.close()
-
-
-def in_thread(step: Callable[..., None], *args: object) -> "asyncio.Future[None]":
-    return asyncio.ensure_future(asyncio.to_thread(step, *args))
-
-
 async def test_the_primary_is_killed_under_load(sentinels: ValkeySentinels, metrics: Metrics) -> None:
     """What was answered and not yet replicated may be lost, so everything is said again: it still counts once."""
     failovers: list[None] = []
-    async with started(sentinels.url, metrics) as store:
+    async with adding_store(sentinels.url, metrics, 1000) as store:
         store.on_failover = lambda: failovers.append(None)
         adds = Adds(store, [accounts_in(shard, 1)[0] for shard in range(10)])
         async with adds.load(workers=100):
@@ -59,10 +44,8 @@ async def test_the_primary_is_killed_under_load(sentinels: ValkeySentinels, metr
 async def test_a_grant_that_no_replica_has_yet_says_so(
     sentinels: ValkeySentinels, metrics: Metrics, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = Store(sentinels.url, 2000, metrics)
-    await store.start()
-    operator = Operator(store, PLANS, "standard")
-    try:
+    async with started_store(sentinels.url, metrics, 2000) as store:
+        operator = Operator(store, PLANS, "standard")
         await operator.create_account(ACCOUNT)
         await operator.credit(ACCOUNT, 5, "grant")
         assert "no replica" not in caplog.text
@@ -73,13 +56,11 @@ async def test_a_grant_that_no_replica_has_yet_says_so(
         finally:
             replica.resume()
         assert "no replica has it yet" in caplog.text
-    finally:
-        await store.close()
 
 
 async def test_an_orderly_change_of_primary(sentinels: ValkeySentinels, metrics: Metrics) -> None:
     failovers: list[None] = []
-    async with started(sentinels.url, metrics) as store:
+    async with adding_store(sentinels.url, metrics, 1000) as store:
         store.on_failover = lambda: failovers.append(None)
         adds = Adds(store, [accounts_in(shard, 1)[0] for shard in range(10)])
         async with adds.load(workers=100):
@@ -95,7 +76,7 @@ async def test_an_orderly_change_of_primary(sentinels: ValkeySentinels, metrics:
 
 
 async def test_a_primary_that_hangs_is_replaced(sentinels: ValkeySentinels, metrics: Metrics) -> None:
-    async with started(sentinels.url, metrics, 300) as store:
+    async with adding_store(sentinels.url, metrics, 300) as store:
         await add(store, ACCOUNT, "before", 1)
         hung = sentinels.node(sentinels.primary)
         hung.pause()
@@ -114,24 +95,24 @@ async def test_a_sentinel_that_hangs_and_one_that_is_dead_do_not_matter(
     alive = ",".join(f"127.0.0.1:{port}" for port in sentinels.sentinel_ports)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         others = f"127.0.0.1:{silent.getsockname()[1]},127.0.0.1:{free_port()}"
-        async with started(f"redis+sentinel://{others},{alive}/{sentinels.NAME}/2", metrics) as store:
+        async with adding_store(f"redis+sentinel://{others},{alive}/{sentinels.NAME}/2", metrics, 1000) as store:
             assert await add(store, ACCOUNT, "op", 1) == (True, 1)
             assert await store.scan("qg1:{07}:account:*") == [f"qg1:{{07}}:account:{ACCOUNT}"]
 
 
 async def test_a_password(metrics: Metrics) -> None:
     with valkey_sentinels(password="s3cret") as sentinels:
-        async with started(sentinels.url, metrics) as store:
+        async with adding_store(sentinels.url, metrics, 1000) as store:
             assert await add(store, ACCOUNT, "op", 1) == (True, 1)
         with pytest.raises(StoreRefused, match=r"NOAUTH|WRONGPASS"):
-            async with started(sentinels.url.replace(":s3cret@", ""), metrics):
+            async with adding_store(sentinels.url.replace(":s3cret@", ""), metrics, 1000):
                 pass
 
 
 async def test_a_wrong_url_gets_a_clear_error(sentinels: ValkeySentinels, metrics: Metrics) -> None:
     async def refusal_of(url: str) -> str:
         with pytest.raises(StoreError) as caught:
-            async with started(url, metrics):
+            async with adding_store(url, metrics, 1000):
                 pass
         return str(caught.value)
 
@@ -144,7 +125,7 @@ async def test_a_wrong_url_gets_a_clear_error(sentinels: ValkeySentinels, metric
 async def test_a_primary_that_would_lose_credits_is_refused(metrics: Metrics) -> None:
     with valkey_sentinels("--appendonly", "no") as sentinels:
         with pytest.raises(StoreUnsuitable, match="set appendonly yes"):
-            async with started(sentinels.url, metrics):
+            async with adding_store(sentinels.url, metrics, 1000):
                 pass
-        async with started(sentinels.url, metrics, unsafe=True) as store:
+        async with adding_store(sentinels.url, metrics, 1000, allow_unsafe=True) as store:
             assert await add(store, ACCOUNT, "op", 1) == (True, 1)

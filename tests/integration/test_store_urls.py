@@ -18,8 +18,9 @@ from gateway.credits.operator import Operator
 from gateway.credits.store import Store
 from gateway.telemetry.metrics import Metrics
 from tests.conftest import PLANS
-from tests.exactly_once import ADD, add
+from tests.exactly_once import add, adding_store
 from tests.servers import free_port, valkey_server
+from tests.stores import started_store
 
 
 def checked(url: str) -> str:
@@ -28,15 +29,11 @@ def checked(url: str) -> str:
 
 
 async def balance_after_grant(url: str, metrics: Metrics) -> int:
-    store = Store(url, 5000, metrics)
-    try:
-        await store.start()
+    async with started_store(url, metrics) as store:
         operator = Operator(store, PLANS, "standard")
         await operator.create_account("acme")
         await operator.credit("acme", 7, "grant")
         return (await operator.funds("acme")).balance_nano
-    finally:
-        await store.close()
 
 
 async def repeated_until_answered(store: Store) -> tuple[bool, int]:
@@ -91,64 +88,56 @@ async def test_tls_is_verified(metrics: Metrics, tmp_path: Path) -> None:
                 await balance_after_grant(url, metrics)
 
 
-async def test_an_evicting_store_is_refused_unless_told_otherwise(metrics: Metrics) -> None:
-    with valkey_server("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru") as server:
-        store = Store(server.url, 5000, metrics)
-        with pytest.raises(StoreUnsuitable, match="maxmemory-policy noeviction"):
-            await store.start()
-        await store.close()
-        store = Store(server.url, 5000, metrics, allow_unsafe=True)
-        await store.start()
-        await store.close()
-
-
-async def test_a_store_without_persistence_is_refused_unless_told_otherwise(metrics: Metrics) -> None:
-    with valkey_server("--appendonly", "no") as server:
-        store = Store(server.url, 5000, metrics)
-        with pytest.raises(StoreUnsuitable, match="set appendonly yes"):
-            await store.start()
-        await store.close()
-        store = Store(server.url, 5000, metrics, allow_unsafe=True)
-        await store.start()
-        await store.close()
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        (("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"), "maxmemory-policy noeviction"),
+        (("--appendonly", "no"), "set appendonly yes"),
+    ],
+    ids=["evicting", "not-on-disk"],
+)
+async def test_a_store_that_would_lose_credits_is_refused_unless_told_otherwise(
+    metrics: Metrics, options: tuple[str, ...], remedy: str
+) -> None:
+    with valkey_server(*options) as server:
+        with pytest.raises(StoreUnsuitable, match=remedy):
+            async with started_store(server.url, metrics):
+                pass
+        async with started_store(server.url, metrics, allow_unsafe=True):
+            pass
 
 
 async def test_a_replica_is_refused(metrics: Metrics) -> None:
     with valkey_server() as server:
         server.command("REPLICAOF", "127.0.0.1", free_port())
-        store = Store(server.url, 5000, metrics)
         with pytest.raises(StoreUnavailable, match="is a replica"):
-            await store.start()
-        await store.close()
+            async with started_store(server.url, metrics):
+                pass
 
 
 async def test_a_server_that_becomes_a_replica_is_given_up_until_it_is_a_primary(metrics: Metrics) -> None:
     """Its connections stay open; only its refusal to write tells."""
     with valkey_server() as server:
-        store = Store(server.url, 500, metrics, scripts=[ADD])
-        await store.start()
-        server.command("REPLICAOF", "127.0.0.1", free_port())
-        with pytest.raises(StoreUnavailable):
-            await add(store, "acme", "first", 1)
-        assert not await store.wait_connected(0)
-        server.command("REPLICAOF", "NO", "ONE")
-        assert await store.wait_connected(20)
-        assert await add(store, "acme", "second", 1) == (True, 1)
-        await store.close()
+        async with adding_store(server.url, metrics, 500) as store:
+            server.command("REPLICAOF", "127.0.0.1", free_port())
+            with pytest.raises(StoreUnavailable):
+                await add(store, "acme", "first", 1)
+            assert not await store.wait_connected(0)
+            server.command("REPLICAOF", "NO", "ONE")
+            assert await store.wait_connected(20)
+            assert await add(store, "acme", "second", 1) == (True, 1)
 
 
 async def test_a_server_that_was_started_again_is_reported(metrics: Metrics) -> None:
     with valkey_server() as server:
-        store = Store(server.url, 5000, metrics, scripts=[ADD])
-        await store.start()
-        failovers: list[None] = []
-        store.on_failover = lambda: failovers.append(None)
-        assert await add(store, "acme", "first", 1) == (True, 1)
-        server.kill()
-        server.start()
-        assert await repeated_until_answered(store) == (False, 1)
-        assert len(failovers) == 1
-        await store.close()
+        async with adding_store(server.url, metrics) as store:
+            failovers: list[None] = []
+            store.on_failover = lambda: failovers.append(None)
+            assert await add(store, "acme", "first", 1) == (True, 1)
+            server.kill()
+            server.start()
+            assert await repeated_until_answered(store) == (False, 1)
+            assert len(failovers) == 1
 
 
 async def test_an_option_without_effect_is_refused(metrics: Metrics) -> None:

@@ -6,7 +6,8 @@ ARGV  1 account   2 reservation id   3 amount at list price (nano)   4 amount at
       5 minimum at list price (nano) while other requests hold credits   6 minimum while none does
       7 lease (ms)   8 the gateway's clock (ms)   9 key id, or empty   10 model
       11 hash of the client's idempotency key, or empty   12 hash of the request's body
-      13 plan   14… the plan's terms: rate (ppm), payg (0/1), on_lost, then kind, amount (nano), refresh (ms) per window
+      13 whether the hold will grow (0/1)
+      14 plan   15… the plan's terms: rate (ppm), payg (0/1), on_lost, then kind, amount (nano), refresh (ms) per window
 Returns {'reserved', from allowance, from balance, list-price cost covered, funds…}
         {'denied', funds…}: nothing was written
         {'unknown_account'} | {'unknown_key'} | {'other_plan', plan} | {'skewed', store's clock (ms)}
@@ -14,11 +15,11 @@ Returns {'reserved', from allowance, from balance, list-price cost covered, fund
         {'in_progress' | 'answered', reservation id, cost (nano)} | {'other_body'}: the idempotency key was used before
 
 The allowance pays first, at the plan's rate; prepaid credits pay the rest at list price. Between the minimum and
-the amount, whatever is free is granted. Example: rate 1, amount 10, minimum 4, allowance free 3, balance free 2:
+the amount, whatever is free is granted; one that will grow must leave room for those in flight, too. Example: rate 1, amount 10, minimum 4, allowance free 3, balance free 2:
 granted 5, from allowance 3, from balance 2. ]]
 --#include number window ledger account plan reservation idempotency
 
-assert(#KEYS == 4 and #ARGV >= 16, 'reserve takes 4 keys and at least 16 arguments')
+assert(#KEYS == 4 and #ARGV >= 17, 'reserve takes 4 keys and at least 17 arguments')
 local name, id = ARGV[1], ARGV[2]
 local amount = whole(ARGV[3], 'amount')
 local amount_at_rate = whole(ARGV[4], 'amount at rate')
@@ -26,9 +27,13 @@ local minimum = whole(ARGV[5], 'minimum')
 local minimum_alone = whole(ARGV[6], 'minimum alone')
 local lease = whole(ARGV[7], 'lease')
 local gateway_ms = whole(ARGV[8], 'gateway clock')
-local key, model, plan = ARGV[9], ARGV[10], ARGV[13]
-local terms = read_terms(14)
-local asked = table.concat({ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[11]}, ',')
+local key, model, grows, plan = ARGV[9], ARGV[10], ARGV[13] == '1', ARGV[14]
+local terms = read_terms(15)
+local asked = table.concat({ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[13], ARGV[11]}, ',')
+
+-- Streams beside each other grow beyond what they were expected to need. Of what they hold, so much stays free for them:
+-- without it a new one would take what the others are cut for.
+local ROOM_SHARE = 8
 
 -- Read
 local account = load_account(KEYS[1])
@@ -57,9 +62,12 @@ if allowance < amount_at_rate then
   from_allowance = allowance
   from_balance = math.min(balance, amount - by_allowance)
   covered = by_allowance + from_balance
-  if covered < (holds_anything(account) and minimum or minimum_alone) then
-    return funds(account, terms, now, {'denied'})
-  end
+end
+local in_flight = held_in_flight(account)
+local room = grows and math.floor(in_flight / ROOM_SHARE) or 0
+if covered < (in_flight > 0 and minimum or minimum_alone)
+  or allowance - from_allowance + balance - from_balance < room then
+  return funds(account, terms, now, {'denied'})
 end
 
 -- Write

@@ -144,11 +144,11 @@ local function balance_free(account)
   return account.balance - account.balance_held
 end
 
--- Whether any reservation in flight holds credits that it may give back to the current windows.
-local function holds_anything(account)
-  local held = account.balance_held
-  for _, window in ipairs(account.windows) do held = held + window.held + window.adopted end
-  return held > 0
+-- What reservations in flight hold, and may give back to the current windows: of windows, the most that one holds.
+local function held_in_flight(account)
+  local held = 0
+  for _, window in ipairs(account.windows) do held = math.max(held, window.held + window.adopted) end
+  return held + account.balance_held
 end
 
 -- The values that every reply ends with; domain/decision.py Funds reads them.

@@ -1,0 +1,250 @@
+"""Says to the store how reservations end, however often that takes.
+
+A settlement or void that the store does not take is written to the journal and repeated until it is taken; one whose
+reply was lost, or which another primary may not have heard of, is said again. Ids make each repeat harmless.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from dataclasses import replace
+
+from gateway.credits import scripts
+from gateway.credits.errors import EngineError, StoreError, StoreRefused, UnknownReservation
+from gateway.credits.journal import Journal, JournalEntry, JournalError
+from gateway.credits.reservations import LEASE_MS
+from gateway.credits.store import Store
+from gateway.domain.decision import Settlement
+from gateway.domain.plan import Plan
+from gateway.domain.price import Cost
+from gateway.telemetry.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+_RETRY_FIRST_S, _RETRY_MOST_S = 0.05, 5.0
+_MOST_TAKEN_BACK = 1000
+_SAID_AT_ONCE = 50
+_DUE_AT_ONCE = 200
+_ADOPT_S = 30.0
+# A replica that takes over may lack the last moments: what ended in them is said again.
+_FAILOVER_S = 60.0
+_MOST_RECENT = 20_000
+
+
+class Ends:
+    """The ends of this process's reservations, and of those that other processes left."""
+
+    def __init__(self, store: Store, metrics: Metrics, journal: Journal, configured: Callable[[str], Plan]) -> None:
+        """configured: the plan of a name as it is configured now, or one without windows."""
+        self._store = store
+        self._metrics = metrics
+        self._journal = journal
+        self._configured = configured
+        self._background: set[asyncio.Task[None]] = set()
+        self._recent: deque[tuple[float, JournalEntry]] = deque(maxlen=_MOST_RECENT)
+        store.on_failover = self._say_again
+        metrics.watch_journal_pending(lambda: journal.pending)
+
+    async def say(self, entry: JournalEntry) -> Settlement | None:
+        """Tell the store, now or as soon as can be: what the charge came to.
+
+        If the caller is cancelled, it goes on in the background. If StoreError is raised, it is in the journal, and
+        goes on too. Raises UnknownReservation for a void of what the store does not know.
+        """
+        try:
+            return await self._end_once(entry)
+        except asyncio.CancelledError:
+            self._in_background(self._end_somehow(entry))
+            raise
+        except StoreError:
+            written = asyncio.Event()
+            self._in_background(self._end_later(entry, written))
+            await written.wait()
+            raise
+
+    async def _end_once(self, entry: JournalEntry, *, again: bool = False) -> Settlement | None:
+        """Say it to the store. again: it was said, and counted, before."""
+        if entry.verb == "void":
+            released = await scripts.release(self._store, entry.account, entry.reservation, "void")
+            if not again:
+                self._remember_end(entry)
+            return released
+        configured = self._configured(entry.plan)
+        settlement = await scripts.settle(
+            self._store,
+            entry.account,
+            entry.reservation,
+            plan=replace(configured, rate_ppm=entry.rate_ppm, payg=entry.payg),
+            cost=Cost(entry.cost_payg_nano, entry.cost_plan_nano),
+            note=entry.note,
+            created_ms=entry.created_ms,
+            key_id=entry.key_id,
+            model=entry.model,
+        )
+        if not again:
+            self._remember_end(entry)
+            self._count_settlement(entry, settlement)
+        return settlement
+
+    def _remember_end(self, entry: JournalEntry) -> None:
+        now = time.monotonic()
+        while self._recent and self._recent[0][0] < now - _FAILOVER_S:
+            self._recent.popleft()
+        self._recent.append((now, entry))
+
+    def _count_settlement(self, entry: JournalEntry, settlement: Settlement) -> None:
+        if settlement.from_allowance_nano:
+            self._metrics.settled(entry.plan, entry.model, "allowance", settlement.from_allowance_nano)
+        if settlement.from_balance_nano:
+            self._metrics.settled(entry.plan, entry.model, "payg", settlement.from_balance_nano)
+        if settlement.written_off_nano:
+            self._metrics.written_off(settlement.written_off_nano)
+            log.error("wrote off %d nano-credits of %s", settlement.written_off_nano, entry.reservation)
+
+    # --- repeating ----------------------------------------------------------------------------------------------
+
+    async def replay(self) -> int:
+        """Say to the store what processes before this one could not; how many. It goes on in the background.
+        Raises JournalError."""
+        entries = await self._journal.adopt()
+        if entries:
+            self._in_background(self._all_until_done(entries))
+        return len(entries)
+
+    async def adopt_journals(self) -> None:
+        """Replay what other processes leave behind in the journal's directory, for ever."""
+        while True:
+            await asyncio.sleep(_ADOPT_S)
+            try:
+                await self.replay()
+            except JournalError as error:
+                log.error("the journals of other processes cannot be read: %s", error)
+
+    def _say_again(self) -> None:
+        """Another primary answers, which may not have heard of what ended last: their ids make that harmless."""
+        since = time.monotonic() - _FAILOVER_S
+        again = [entry for at, entry in self._recent if at >= since]
+        if again:
+            log.warning("another primary answers: telling it again of the last %d reservations that ended", len(again))
+            self._in_background(self._all_until_done(again, again=True))
+
+    async def _all_until_done(self, entries: list[JournalEntry], *, again: bool = False) -> None:
+        # A few at a time: they share the connection with the requests of now.
+        for first in range(0, len(entries), _SAID_AT_ONCE):
+            some = entries[first : first + _SAID_AT_ONCE]
+            await asyncio.gather(*(self._until_done(entry, again=again) for entry in some))
+
+    async def _end_somehow(self, entry: JournalEntry) -> None:
+        """In the background: at once, or by way of the journal."""
+        try:
+            await self._end_once(entry)
+        except StoreError:
+            await self._end_later(entry, asyncio.Event())
+        except asyncio.CancelledError:
+            # The process is about to end, and the store has not answered.
+            await self._write_down(entry)
+            raise
+
+    async def _end_later(self, entry: JournalEntry, written: asyncio.Event) -> None:
+        try:
+            await self._write_down(entry)
+        finally:
+            written.set()
+        await self._until_done(entry)
+
+    async def _write_down(self, entry: JournalEntry) -> None:
+        try:
+            await self._journal.add(entry)
+        except JournalError as error:
+            self._metrics.journal_failed()
+            log.error("%s of %s is in memory alone: %s", entry.verb, entry.reservation, error)
+
+    async def _until_done(self, entry: JournalEntry, *, again: bool = False) -> None:
+        pause_s = _RETRY_FIRST_S
+        while True:
+            try:
+                await self._end_once(entry, again=again)
+            except StoreError as error:
+                # Also a store that answers and refuses: full, read-only, busy. It may take the call later.
+                level = logging.WARNING if pause_s == _RETRY_FIRST_S else logging.DEBUG
+                log.log(level, "the store did not take the %s of %s yet: %s", entry.verb, entry.reservation, error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, _RETRY_MOST_S)
+                continue
+            except EngineError as error:
+                if entry.verb != "void":
+                    log.error("the settlement of %s is impossible: %s", entry.reservation, error)
+            await self._journal.done(entry.reservation)
+            return
+
+    def _in_background(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background_done)
+
+    def _background_done(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("a call in the background failed: %s", error, exc_info=error)
+
+    # --- what nobody will end ------------------------------------------------------------------------------------
+
+    def take_back(self, account: str, reservation: str) -> None:
+        """Void in the background what may be held, for as long as its lease; by then it has ended by itself."""
+        if len(self._background) < _MOST_TAKEN_BACK:
+            self._in_background(self._void_for_a_lease(account, reservation))
+
+    async def _void_for_a_lease(self, account: str, reservation: str) -> None:
+        pause_s = _RETRY_FIRST_S
+        with suppress(TimeoutError, UnknownReservation):  # it was never made
+            async with asyncio.timeout(LEASE_MS / 1000):
+                while True:
+                    try:
+                        await scripts.release(self._store, account, reservation, "void")
+                    except StoreError as error:
+                        log.debug("%s is not taken back yet: %s", reservation, error)
+                    else:
+                        return
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(pause_s * 2, _RETRY_MOST_S)
+
+    async def expire_due(self, shard: int) -> int:
+        """End the shard's reservations whose lease has run out; how many."""
+        ended = 0
+        while True:
+            looked_at, overdue = await scripts.due(self._store, shard, limit=_DUE_AT_ONCE)
+            for reservation, account in overdue:
+                ended += await self._expire(reservation, account)
+            if looked_at < _DUE_AT_ONCE:
+                return ended
+
+    async def _expire(self, reservation: str, account: str) -> bool:
+        try:
+            settlement = await scripts.release(self._store, account, reservation, "expire")
+        except (EngineError, StoreRefused) as error:
+            log.error("the lease of %s ran out and cannot be ended: %s", reservation, error)
+            return False
+        if settlement is None or settlement.repeated:
+            return False
+        self._metrics.lease_expired()
+        self._count_settlement(JournalEntry("void", account, reservation), settlement)
+        log.warning(
+            "the lease of %s (account %s) ran out; %d nano-credits were charged",
+            reservation,
+            account,
+            settlement.cost_nano,
+        )
+        return True
+
+    async def close(self, timeout_s: float) -> int:
+        """Wait for calls in the background; the number that did not finish. What those had to say is in the journal."""
+        if self._background:
+            await asyncio.wait(self._background, timeout=timeout_s)
+        left = list(self._background)
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)  # each writes down what it could not say
+        return len(left)
