@@ -3,24 +3,17 @@
 import asyncio
 import logging
 import signal
-import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TypeVar
+from dataclasses import replace
 
 from aiohttp import web
 
 from gateway.config.model import Address, GatewayConfig, Secret, Upstream
 from gateway.config.watch import LiveConfig
-from gateway.credits.api_keys import new_secret
 from gateway.credits.archive import Archive, ArchiveError
 from gateway.credits.archiver import Archiver, ForeignArchive, archiving
-from gateway.credits.auditor import Auditor, auditing
-from gateway.credits.embedded import EmbeddedStore, EmbeddedStoreError, running_url
-from gateway.credits.errors import Rejected, StoreError, StoreUnavailable
+from gateway.credits.errors import StoreError
 from gateway.credits.journal import Journal
 from gateway.credits.operator import Operator
 from gateway.credits.reaper import reap
@@ -29,29 +22,16 @@ from gateway.credits.store import Store
 from gateway.http.admin import Check, Health, admin_app
 from gateway.http.demo import DemoUpstream
 from gateway.http.proxy import Proxy
+from gateway.sessions import own_store
 from gateway.telemetry.metrics import Metrics
-from gateway.upstream.client import UpstreamClient, UpstreamError
-
-T = TypeVar("T")
+from gateway.upstream.client import UpstreamClient
+from gateway.welcome import first_key, patiently, welcome
 
 log = logging.getLogger(__name__)
 
 #: On shutdown: how long requests in flight may go on, then how long their settlements may take.
 DRAIN_S = 25.0
 SETTLE_S = 5.0
-#: How long the start waits for a store that was lost again.
-START_WAIT_S = 10.0
-FIRST_ACCOUNT = "default"
-_BORROW_TRIES, _BORROW_PAUSE_S = 20, 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the doctor's report."""
-
-    component: str
-    ok: bool
-    detail: str
 
 
 class ListenError(Exception):
@@ -67,25 +47,13 @@ async def serve(config: GatewayConfig, read: Callable[[], GatewayConfig]) -> Non
     stop, hurry = _stop_signals()
     async with AsyncExitStack() as stack:
         metrics = Metrics(config.plans, config.models)
-        store = await stack.enter_async_context(_store(config, metrics, serving=True))
-        archive = Archive(config.archive.url, config.store.data_dir)
-        await stack.enter_async_context(archiving(store, archive, metrics))
-        await _claim(config, Archiver(store, archive, metrics))
-        journal = Journal(config.store.data_dir / "journal")
-        await journal.open()
-        stack.push_async_callback(journal.close)
-        engine = CreditEngine(store, config.plans, config.default_plan, metrics, journal)
-        metrics.watch_reservations_open(lambda: engine.open_reservations)
-        stack.push_async_callback(_settle_all, engine)
-        await stack.enter_async_context(_running(reap(engine)))
-        await stack.enter_async_context(_running(engine.keep_leases()))
-        if left := await engine.replay():
-            log.warning("telling the store of %d settlements that another gateway left in its journal", left)
-        await stack.enter_async_context(_running(engine.adopt_journals()))
+        store = await stack.enter_async_context(own_store(config.store, metrics))
+        await stack.enter_async_context(_archiving(config, store, metrics))
+        engine = await stack.enter_async_context(_credit_engine(config, store, metrics))
         operator = Operator(store, config.plans, config.default_plan)
-        secret = await _first_key(config, store, operator)
+        secret = await first_key(config, store, operator)
         if config.store.embedded:
-            started_ms = await _patiently(store, operator.now_ms)
+            started_ms = await patiently(store, operator.now_ms)
             await stack.enter_async_context(_running(_abandon_orphans(operator, started_ms)))
         demo = _Demo(stack)
         client = UpstreamClient()
@@ -108,13 +76,40 @@ async def serve(config: GatewayConfig, read: Callable[[], GatewayConfig]) -> Non
         data = web.ServerRunner(server, shutdown_timeout=1)
         address = await _listen(stack, data, config.listen, "listen")
         await stack.enter_async_context(_running(live.follow()))
-        print(_welcome(config, address, admin_address, secret), flush=True)
+        print(welcome(config, address, admin_address, secret), flush=True)
         await stop.wait()
         log.info("stopping: requests in flight have %d s; a second signal cuts them", DRAIN_S)
         for site in list(data.sites):
             await site.stop()
         server.pre_shutdown()
         await proxy.drain(DRAIN_S, hurry, SETTLE_S)
+
+
+@asynccontextmanager
+async def _archiving(config: GatewayConfig, store: Store, metrics: Metrics) -> AsyncIterator[None]:
+    """The ledger moves into its archive for the time of the block. Raises ArchiveError where it may not."""
+    archive = Archive(config.archive.url, config.store.data_dir)
+    async with archiving(store, archive, metrics):
+        await _claim(config, Archiver(store, archive, metrics))
+        yield
+
+
+@asynccontextmanager
+async def _credit_engine(config: GatewayConfig, store: Store, metrics: Metrics) -> AsyncIterator[CreditEngine]:
+    """The engine and all that it does by itself: leases that it keeps and ends, settlements that journals kept."""
+    async with AsyncExitStack() as stack:
+        journal = Journal(config.store.data_dir / "journal")
+        await journal.open()
+        stack.push_async_callback(journal.close)
+        engine = CreditEngine(store, config.plans, config.default_plan, metrics, journal)
+        metrics.watch_reservations_open(lambda: engine.open_reservations)
+        stack.push_async_callback(_settle_all, engine)
+        await stack.enter_async_context(_running(reap(engine)))
+        await stack.enter_async_context(_running(engine.keep_leases()))
+        if left := await engine.replay():
+            log.warning("telling the store of %d settlements that another gateway left in its journal", left)
+        await stack.enter_async_context(_running(engine.adopt_journals()))
+        yield engine
 
 
 def _stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
@@ -128,119 +123,6 @@ def _stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, heed)
     return stop, hurry
-
-
-@asynccontextmanager
-async def audit_session(config: GatewayConfig) -> AsyncIterator[Auditor]:
-    """The ledger's readers, on the same store as ``operator_session`` and on the archive. Raises ArchiveError."""
-    async with (
-        _store(config, Metrics(config.plans, config.models), serving=False) as store,
-        auditing(store, config.archive.url, config.store.data_dir) as auditor,
-    ):
-        yield auditor
-
-
-@asynccontextmanager
-async def operator_session(config: GatewayConfig) -> AsyncIterator[Operator]:
-    """The operator's use cases, on the running gateway's store or on one started for the time of the block."""
-    async with _store(config, Metrics(config.plans, config.models), serving=False) as store:
-        yield Operator(store, config.plans, config.default_plan)
-
-
-async def diagnose(config: GatewayConfig) -> list[Finding]:
-    """Look at everything that serving needs. Raises nothing: what fails is a finding."""
-    findings = []
-    if config.store.embedded and not config.store.data_dir.exists():
-        findings.append(Finding("store", False, f"{config.store.data_dir.resolve()} does not exist: serve makes it"))
-        return findings + await _diagnose_upstreams(config)
-    try:
-        async with _store(config, Metrics(config.plans, config.models), serving=False) as store:
-            findings += await _diagnose_store(config, store)
-    except Exception as error:
-        findings.append(Finding("store", False, str(error)))
-    return findings + await _diagnose_upstreams(config)
-
-
-async def _diagnose_upstreams(config: GatewayConfig) -> list[Finding]:
-    if config.demo:
-        text = "demo mode: with the environment of this shell no upstream has a key, and the demo model answers"
-        return [Finding("upstreams", True, text)]
-    client = UpstreamClient()
-    try:
-        return [await _diagnose_upstream(config, client, name) for name in config.upstreams]
-    finally:
-        await client.close()
-
-
-def _shown_store(config: GatewayConfig) -> str:
-    """Which store this is, fit for logs."""
-    return f"embedded in {config.store.data_dir.resolve()}" if config.store.embedded else config.store.shown_url
-
-
-async def _diagnose_store(config: GatewayConfig, store: Store) -> list[Finding]:
-    seconds, micros = await store.call("TIME")
-    skew_ms = abs(time.time() * 1000 - int(seconds) * 1000 - int(micros) / 1000)
-    findings = [
-        Finding("store", True, f"{_shown_store(config)} answers"),
-        Finding("clocks", skew_ms < 60_000, f"store and gateway differ by {skew_ms:.0f} ms (a refresh needs < 60000)"),
-    ]
-    with suppress(StoreError):
-        settings = await store.settings()
-        durable = settings.get("appendonly") == "yes"
-        shown = ", ".join(f"{name} {value}" for name, value in settings.items())
-        findings.append(Finding("durability", durable, shown if durable else f"{shown}: a crash loses credits"))
-    return findings
-
-
-async def _diagnose_upstream(config: GatewayConfig, client: UpstreamClient, name: str) -> Finding:
-    component = f"upstream {name}"
-    try:
-        async with client.send(config.upstreams[name], "GET", "/models", {}) as answer:
-            listed = answer.status == 200
-            return Finding(component, listed, f"GET /models answers {answer.status}")
-    except UpstreamError as error:
-        return Finding(component, False, str(error))
-
-
-@asynccontextmanager
-async def _store(config: GatewayConfig, metrics: Metrics, *, serving: bool) -> AsyncIterator[Store]:
-    """A started Store: of the configured URL, or of an embedded server that is started here if none runs yet."""
-    async with AsyncExitStack() as stack:
-        url = config.store.url
-        if config.store.embedded:
-            url = await _embedded_url(config.store.data_dir, stack, borrow=not serving)
-        store = Store(url, config.store.timeout_ms, metrics, allow_unsafe=config.store.allow_unsafe)
-        stack.push_async_callback(store.close)
-        await store.start()
-        yield store
-
-
-async def _embedded_url(data_dir: Path, stack: AsyncExitStack, *, borrow: bool) -> str:
-    """The URL of the embedded server: one that runs already, if it may be borrowed, else one started here."""
-    tries_left = _BORROW_TRIES if borrow else 1
-    while True:
-        if borrow and (url := running_url(data_dir)):
-            return url
-        if borrow:
-            _say_if_new(data_dir)
-        server = EmbeddedStore(data_dir)
-        try:
-            await server.start()
-        except EmbeddedStoreError:
-            # Another verb may just be starting or ending its own.
-            tries_left -= 1
-            if not tries_left:
-                raise
-            await asyncio.sleep(_BORROW_PAUSE_S)
-        else:
-            stack.push_async_callback(server.stop)
-            return server.url
-
-
-def _say_if_new(data_dir: Path) -> None:
-    # A verb in the wrong directory would otherwise succeed, unnoticed, on a store that no gateway serves.
-    if not data_dir.exists():
-        print(f"quota-gateway: making a new store in {data_dir.resolve()}", file=sys.stderr)
 
 
 class _Demo:
@@ -342,63 +224,3 @@ def _running_check(stop: asyncio.Event) -> Check:
         return "stopping" if stop.is_set() else None
 
     return check
-
-
-async def _first_key(config: GatewayConfig, store: Store, operator: Operator) -> str | None:
-    """On the first start of an empty embedded store: an account with a key, so that there is something to try."""
-    if not config.store.embedded:
-        return None
-    existing = await _patiently(store, operator.accounts)
-    if existing:
-        return None
-    secret = new_secret()
-    # One that exists now was made by a try whose reply was lost.
-    with suppress(Rejected):
-        await _patiently(store, lambda: operator.create_account(FIRST_ACCOUNT))
-    with suppress(Rejected):
-        await _patiently(store, lambda: operator.create_key(FIRST_ACCOUNT, "first", secret))
-    return secret
-
-
-async def _patiently(store: Store, attempt: Callable[[], Awaitable[T]]) -> T:
-    """Until the store has answered, or for START_WAIT_S: a busy machine must not keep the gateway from starting.
-    Raises StoreError."""
-    deadline = time.monotonic() + START_WAIT_S
-    while True:
-        try:
-            return await attempt()
-        except StoreUnavailable:
-            if time.monotonic() >= deadline or not await store.wait_connected(START_WAIT_S):
-                raise
-
-
-def _reachable(address: Address) -> Address:
-    """An address that a client on this machine can use."""
-    return Address("127.0.0.1", address.port) if address.host in ("0.0.0.0", "::") else address  # noqa: S104
-
-
-def _welcome(config: GatewayConfig, address: Address, admin: Address, secret: str | None) -> str:
-    base = f"http://{_reachable(address)}/v1"
-    lines = []
-    if config.demo:
-        lines += [
-            f"DEMO MODEL: no upstream has a key ({', '.join(config.upstreams)}), so a small built-in model answers, at",
-            "the same prices. Set the key that the configuration asks for (IONET_API_KEY) to serve real models.",
-            "",
-        ]
-    lines += [f"metrics   http://{_reachable(admin)}/metrics", f"base URL  {base}"]
-    if secret is None:
-        lines.append(
-            "key       make one with: quota-gateway keys create ACCOUNT, after accounts create ACCOUNT (same --config)"
-        )
-        return "\n".join(lines)
-    model = next((model for model in config.models.values() if model.prices.output_femto), None)
-    lines.append(f"key       {secret}   (account {FIRST_ACCOUNT}, plan {config.default_plan}; shown only once)")
-    if model is not None:
-        body = f'{{"model": "{model.name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
-        lines += [
-            "try it    " + f"curl -i {base}/chat/completions \\",
-            f"            -H 'Authorization: Bearer {secret}' -H 'Content-Type: application/json' \\",
-            f"            -d '{body}'",
-        ]
-    return "\n".join(lines)

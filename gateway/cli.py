@@ -1,40 +1,34 @@
-"""The command line: arguments, errors and exit codes; the verbs that concern the gateway itself.
+"""The command line: what runs each verb, errors and exit codes; the verbs that concern the gateway itself.
 
-The operator's verbs are in ``gateway/verbs.py``. Imports stand inside the functions that need them, because
-``--help``, ``schema`` and a health probe every few seconds need neither HTTP nor store.
+The words that it takes are in ``gateway/arguments.py``, the operator's verbs in ``gateway/verbs.py``. Imports stand
+inside the functions that need them, because ``--help``, ``schema`` and a health probe every few seconds need neither
+HTTP nor store.
 """
 
-import argparse
 import asyncio
 import json
 import os
-import re
 import sys
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Never, TextIO, TypeVar
+from typing import TYPE_CHECKING, TextIO
 
-from gateway import __version__
+from gateway.arguments import parse
 from gateway.config.problem import ConfigError
-from gateway.credits.api_keys import check_key_name, check_secret
+from gateway.credits.api_keys import check_secret
 from gateway.credits.embedded import EmbeddedStoreError
 from gateway.credits.errors import EngineError, StoreError, UnknownPlan
-from gateway.domain.money import parse_credits
-from gateway.domain.names import check_account_name, check_operation_id, check_reason
 
 if TYPE_CHECKING:
-    from gateway.config.model import Address, GatewayConfig
+    from gateway.config.load import OperatorConfig
+    from gateway.config.model import GatewayConfig, StoreConfig
     from gateway.output import Answer
 
 PROBE_TIMEOUT_S = 3.0
 #: The longest secret is 256 characters; no more of a wrong file is read than shows that it is wrong.
 _SECRET_FILE_BYTES = 1024
-#: What ``ledger tail`` prints at most: it is held in memory.
-_MOST_LINES = 10_000
-
-T = TypeVar("T")
 
 
 class CommandError(Exception):
@@ -43,9 +37,9 @@ class CommandError(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code. argparse itself exits with 2 for a usage error."""
-    args = _parser().parse_args(argv)
+    args = parse(argv)
     try:
-        code: int = args.run(args)
+        code = _run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
@@ -55,11 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except ConfigError as error:
         print(error, file=sys.stderr)
-        count = len(error.problems)
-        return _fail(f"the configuration has {count} mistake{'s' if count > 1 else ''}")
+        return _fail(f"the configuration has {_mistakes(error.problems)}")
     except (CommandError, EngineError, StoreError, EmbeddedStoreError) as error:
         return _fail(str(error))
     return code
+
+
+def _run(args: Namespace) -> int:
+    if run := GATEWAY_VERBS.get(args.verb):
+        return run(args)
+    return _ledger(args) if args.verb.startswith("ledger ") else _operate(args)
 
 
 def _fail(message: str) -> int:
@@ -67,240 +66,19 @@ def _fail(message: str) -> int:
     return 1
 
 
-# --- arguments --------------------------------------------------------------------------------------------------
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong first, in the form of every other error, and how it is used after that."""
-
-    def error(self, message: str) -> Never:
-        """Exit with 2."""
-        self.exit(2, f"quota-gateway: {message}\n{self.format_usage()}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="quota-gateway", description="Meters model APIs against plans and prepaid credits.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    verbs = _group(parser)
-    _add_gateway_verbs(verbs)
-
-    _add_accounts(_group(verbs.add_parser("accounts", help="who pays: create, show, list, set-plan")))
-    _add_keys(_group(verbs.add_parser("keys", help="what clients send: create, list, revoke")))
-    _add_credits(_group(verbs.add_parser("credits", help="what is paid with: grant, refund, deduct, show")))
-    _add_ledger(_group(verbs.add_parser("ledger", help="every movement of credits: tail, export, verify")))
-    _add_reservations(_group(verbs.add_parser("reservations", help="what requests in flight hold: list, void")))
-    return parser
-
-
-def _add_accounts(group: Any) -> None:
-    create = _operator_verb(group, "accounts create", "open an account", account=True)
-    create.add_argument("--plan", help="default: the configuration's default plan")
-    _operator_verb(group, "accounts show", "its plan, credits and number of keys", account=True)
-    _operator_verb(group, "accounts list", "every account")
-    set_plan = _operator_verb(group, "accounts set-plan", "move it to another plan at once", account=True)
-    set_plan.add_argument("plan", metavar="PLAN")
-    _add_operation_id(set_plan)
-    set_plan.add_argument(
-        "--version", type=_version, default=0, metavar="N", help="apply only if newer than the last (default: next)"
-    )
-
-
-def _add_keys(group: Any) -> None:
-    create = _operator_verb(group, "keys create", "make a key and print its secret once", account=True)
-    create.add_argument("--name", type=_checked(check_key_name), help="for people to tell keys apart")
-    create.add_argument("--secret-file", metavar="FILE", help="import the secret in this file, - for standard input")
-    create.add_argument(
-        "--source", choices=("api", "chat"), default="api", help="what it is for, in the ledger (default: %(default)s)"
-    )
-    _operator_verb(group, "keys list", "an account's keys, without secrets", account=True)
-    _add_id(_operator_verb(group, "keys revoke", "end a key at once"))
-
-
-def _add_credits(group: Any) -> None:
-    purposes = {
-        "grant": "add prepaid credits",
-        "refund": "give back what the balance was charged, or with --request what one request was charged",
-        "deduct": "take prepaid credits away",
-    }
-    for kind, purpose in purposes.items():
-        verb = _operator_verb(group, f"credits {kind}", purpose, account=True)
-        verb.set_defaults(kind=kind)
-        amount: dict[str, Any] = {"metavar": "AMOUNT", "type": _checked(parse_credits)}
-        amount["help"] = "credits, such as 12.50"
-        if kind == "refund":
-            what = verb.add_mutually_exclusive_group(required=True)
-            what.add_argument("amount", nargs="?", **amount)
-            what.add_argument(
-                "--request", metavar="ID", help="a request of the last 24 h, req_… or rsv_…: all of it, to its sources"
-            )
-        else:
-            verb.add_argument("amount", **amount)
-        _add_operation_id(verb)
-        verb.add_argument("--reason", type=_checked(check_reason), default="", metavar="TEXT", help="for the ledger")
-    _operator_verb(group, "credits show", "an account's allowance and balance", account=True)
-
-
-def _add_reservations(group: Any) -> None:
-    _add_optional_account(_operator_verb(group, "reservations list", "open reservations, of one account or all"))
-    _add_id(
-        _operator_verb(
-            group, "reservations void", "give a reservation's hold back; the answer of a request in flight is then free"
-        )
-    )
-
-
-def _add_ledger(group: Any) -> None:
-    tail = _ledger_verb(group, "ledger tail", "an account's latest entries, oldest first")
-    tail.add_argument("account", metavar="ACCOUNT", type=_checked(check_account_name))
-    tail.add_argument(
-        "-n", "--lines", type=_lines, default=20, metavar="N", help="how many, 0 to 10000 (default: %(default)s)"
-    )
-    tail.add_argument("--follow", action="store_true", help="go on with new entries as they are made")
-    _add_json(tail)
-    export = _ledger_verb(group, "ledger export", "all entries, of one account or all; those of an account in order")
-    _add_optional_account(export)
-    export.add_argument("--format", choices=("jsonl", "csv"), default="jsonl", help="default: %(default)s")
-    moment = "such as 2027-03-10 or 2027-03-10T12:30:00Z"
-    export.add_argument("--since", type=_checked(_moment), metavar="TIME", help=f"entries from then on, {moment}")
-    export.add_argument("--until", type=_checked(_moment), metavar="TIME", help="entries before then")
-    export.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
-    verify = _ledger_verb(group, "ledger verify", "sum the ledger up and compare; exit 1 when something does not agree")
-    _add_optional_account(verify)
-    _add_json(verify)
-
-
-def _add_gateway_verbs(verbs: Any) -> None:
-    serve = _verb(verbs, "serve", _serve, "run the gateway")
-    serve.add_argument("--listen", type=_address, metavar="HOST:PORT", help="where clients connect")
-    _add_admin_listen(serve)
-    _add_data_dir(serve)
-    serve.add_argument("--workers", type=_workers, metavar="N", help="processes; so far 1")
-    _verb(verbs, "check-config", _check_config, "name every mistake in the configuration")
-    _verb(verbs, "schema", _schema, "print the configuration's JSON Schema")
-    doctor = _verb(verbs, "doctor", _doctor, "look at store, upstreams, clocks and settings")
-    _add_data_dir(doctor)
-    _add_json(doctor)
-    _add_admin_listen(_verb(verbs, "healthcheck", _healthcheck, "exit 0 when the running gateway is ready"))
-
-
-def _group(parser: argparse.ArgumentParser) -> Any:
-    return parser.add_subparsers(required=True, metavar="VERB")
-
-
-def _verb(group: Any, name: str, run: Callable[[argparse.Namespace], int], purpose: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = group.add_parser(name, help=purpose, description=purpose, allow_abbrev=False)
-    parser.set_defaults(run=run)
-    parser.add_argument("--config", type=Path, metavar="PATH", help="gateway.yaml (default: the one that ships)")
-    return parser
-
-
-def _operator_verb(group: Any, verb: str, purpose: str, *, account: bool = False) -> argparse.ArgumentParser:
-    parser = _verb(group, verb.split()[1], _operate, purpose)
-    parser.set_defaults(verb=verb)
-    if account:
-        parser.add_argument("account", metavar="ACCOUNT", type=_checked(check_account_name))
-    _add_data_dir(parser)
-    _add_json(parser)
-    return parser
-
-
-def _ledger_verb(group: Any, verb: str, purpose: str) -> argparse.ArgumentParser:
-    parser = _verb(group, verb.split()[1], _ledger, purpose)
-    parser.set_defaults(verb=verb)
-    _add_data_dir(parser)
-    return parser
-
-
-def _add_optional_account(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("account", metavar="ACCOUNT", nargs="?", type=_checked(check_account_name))
-
-
-def _add_data_dir(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="the embedded store's directory")
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _add_admin_listen(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--admin-listen", type=_address, metavar="HOST:PORT", help="where metrics and health are")
-
-
-def _add_id(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("id", metavar="ID", type=_checked(_ascii))
-
-
-def _add_operation_id(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--operation-id",
-        type=_checked(check_operation_id),
-        metavar="ID",
-        help="the same id again does nothing again (default: a new one)",
-    )
-
-
-def _checked(check: Callable[[str], T]) -> Callable[[str], T]:
-    """The check as an argument's type; argparse hides a ValueError's text but shows this error's."""
-
-    def convert(text: str) -> T:
-        try:
-            return check(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return convert
-
-
-def _ascii(text: str) -> str:
-    if not text.isascii():
-        raise ValueError(f"{text[:40]!r} is not an id")
-    return text
-
-
-def _address(text: str) -> "Address":
-    from gateway.config.fields import address  # noqa: PLC0415
-
-    return _checked(address)(text)
-
-
-def _version(text: str) -> int:
-    if not re.fullmatch(r"[1-9][0-9]{0,14}", text):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a version: a whole number from 1 to 10^15")
-    return int(text)
-
-
-def _lines(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > _MOST_LINES:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number of entries from 0 to {_MOST_LINES}")
-    return int(text)
-
-
-def _moment(text: str) -> int:
-    """Milliseconds since 1970; without a time zone it is UTC."""
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise ValueError(f"{text[:40]!r} is not a time such as 2027-03-10 or 2027-03-10T12:30:00Z") from None
-    return round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
-
-
-def _workers(text: str) -> int:
-    if text != "1":
-        raise argparse.ArgumentTypeError("the gateway runs as 1 process so far; several workers will come later")
-    return 1
+def _mistakes(problems: Sequence[object]) -> str:
+    return f"{len(problems)} mistake{'s' if len(problems) > 1 else ''}"
 
 
 # --- verbs of the gateway ---------------------------------------------------------------------------------------
 
 
-def _config(args: argparse.Namespace) -> "GatewayConfig":
+def _config(args: Namespace) -> "GatewayConfig":
     """The configuration with what the command line says instead."""
     from gateway.config.load import load  # noqa: PLC0415
 
     config = load(args.config)
-    if getattr(args, "data_dir", None):
-        config = replace(config, store=replace(config.store, data_dir=args.data_dir))
+    config = replace(config, store=_store(config.store, args))
     if getattr(args, "listen", None):
         config = replace(config, listen=args.listen)
     if getattr(args, "admin_listen", None):
@@ -308,7 +86,11 @@ def _config(args: argparse.Namespace) -> "GatewayConfig":
     return config
 
 
-def _serve(args: argparse.Namespace) -> int:
+def _store(config: "StoreConfig", args: Namespace) -> "StoreConfig":
+    return replace(config, data_dir=args.data_dir) if getattr(args, "data_dir", None) else config
+
+
+def _serve(args: Namespace) -> int:
     from gateway import app  # noqa: PLC0415
     from gateway.credits.journal import JournalError  # noqa: PLC0415
     from gateway.telemetry.logs import setup_logging  # noqa: PLC0415
@@ -329,7 +111,7 @@ def _serve(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_config(args: argparse.Namespace) -> int:
+def _check_config(args: Namespace) -> int:
     config = _config(args)
     upstreams = ", ".join(config.upstreams)
     answering = f"the demo model answers, because no upstream has a key ({upstreams})" if config.demo else upstreams
@@ -338,25 +120,21 @@ def _check_config(args: argparse.Namespace) -> int:
     return 0
 
 
-def _schema(_: argparse.Namespace) -> int:
+def _schema(_: Namespace) -> int:
     from gateway.config.schema import json_schema  # noqa: PLC0415
 
     print(json.dumps(json_schema(), indent=2))
     return 0
 
 
-def _doctor(args: argparse.Namespace) -> int:
-    from gateway import app  # noqa: PLC0415
-    from gateway.output import Answer, table  # noqa: PLC0415
+def _doctor(args: Namespace) -> int:
+    from gateway.doctor import diagnose  # noqa: PLC0415
+    from gateway.output import findings_answer  # noqa: PLC0415
 
-    findings = asyncio.run(app.diagnose(_config(args)))
-    data = [{"component": one.component, "ok": one.ok, "detail": one.detail} for one in findings]
-    rows = [("ok" if one.ok else "FAIL", one.component, one.detail) for one in findings]
-    text = table(("state", "component", "detail"), rows)
-    return _print(Answer({"data": data}, text, all(one.ok for one in findings)), args)
+    return _print(findings_answer(asyncio.run(diagnose(_config(args)))), args)
 
 
-def _healthcheck(args: argparse.Namespace) -> int:
+def _healthcheck(args: Namespace) -> int:
     from http.client import HTTPException  # noqa: PLC0415
     from urllib.error import URLError  # noqa: PLC0415
     from urllib.request import ProxyHandler, build_opener  # noqa: PLC0415
@@ -378,40 +156,67 @@ def _healthcheck(args: argparse.Namespace) -> int:
     return 0
 
 
+#: By the words that are typed; what is not here works on a store.
+GATEWAY_VERBS: Mapping[str, Callable[[Namespace], int]] = {
+    "serve": _serve,
+    "check-config": _check_config,
+    "schema": _schema,
+    "doctor": _doctor,
+    "healthcheck": _healthcheck,
+}
+
+
 # --- verbs of the operator --------------------------------------------------------------------------------------
 
 
-def _operate(args: argparse.Namespace) -> int:
-    """Run an operator's verb on the store and print its answer."""
-    from gateway.verbs import VERBS  # noqa: PLC0415
+def _operator_config(args: Namespace, *, plans: bool) -> "OperatorConfig":
+    """What a verb needs of the configuration; plans: whether that includes those. Says so where there are mistakes
+    elsewhere. Raises ConfigError."""
+    from gateway.config.load import load_for_operator  # noqa: PLC0415
 
-    config = _config(args)
+    config = load_for_operator(args.config)
+    if config.problems:
+        if plans and config.plans is None:
+            raise ConfigError(config.problems)
+        print(
+            f"quota-gateway: the configuration has {_mistakes(config.problems)}, see `quota-gateway check-config`; "
+            f"`{args.verb}` can do without what is wrong",
+            file=sys.stderr,
+        )
+    return replace(config, store=_store(config.store, args))
+
+
+def _operate(args: Namespace) -> int:
+    """Run an operator's verb on the store and print its answer."""
+    from gateway.verbs import MAKE_STORES, NEED_PLANS, VERBS  # noqa: PLC0415
+
+    config = _operator_config(args, plans=args.verb in NEED_PLANS)
     # Read before a store is started for nothing.
     args.secret = _read_secret(args.secret_file) if getattr(args, "secret_file", None) is not None else None
 
     async def run() -> "Answer":
-        from gateway import app  # noqa: PLC0415
+        from gateway.sessions import operator_session  # noqa: PLC0415
 
-        async with app.operator_session(config) as operator:
+        async with operator_session(config, create=args.verb in MAKE_STORES) as operator:
             return await VERBS[args.verb](operator, args)
 
     try:
         return _print(asyncio.run(run()), args)
     except UnknownPlan as error:
-        raise CommandError(f"{error}, which has {', '.join(config.plans)}") from error
+        raise CommandError(f"{error}, which has {', '.join(config.plans or ())}") from error
 
 
-def _ledger(args: argparse.Namespace) -> int:
+def _ledger(args: Namespace) -> int:
     """Run a verb that reads the ledger; it prints as it goes."""
     from gateway.verbs import LEDGER_VERBS  # noqa: PLC0415
 
-    config = _config(args)
+    config = _operator_config(args, plans=False)
     path: Path | None = getattr(args, "output", None)
 
     async def run(output: TextIO) -> bool:
-        from gateway import app  # noqa: PLC0415
+        from gateway.sessions import audit_session  # noqa: PLC0415
 
-        async with app.audit_session(config) as auditor:
+        async with audit_session(config) as auditor:
             return await LEDGER_VERBS[args.verb](auditor, args, output)
 
     if path is None:
@@ -423,7 +228,7 @@ def _ledger(args: argparse.Namespace) -> int:
         raise CommandError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _print(answer: "Answer", args: argparse.Namespace) -> int:
+def _print(answer: "Answer", args: Namespace) -> int:
     print(answer.rendered(as_json=args.json))
     return 0 if answer.ok else 1
 

@@ -8,10 +8,11 @@ from typing import Any, Literal, TextIO
 
 from gateway.credits.auditor import Audit
 from gateway.credits.ledger import Entry
-from gateway.credits.operator import ApiKey, OpenReservation
+from gateway.credits.operator import ApiKey, OpenReservation, Stranded
+from gateway.doctor import Finding
 from gateway.domain.decision import Funds, WindowFunds
 from gateway.domain.money import format_credits
-from gateway.http.errors import rfc3339
+from gateway.http.errors import duration, rfc3339
 
 _GAP = "  "
 
@@ -44,9 +45,19 @@ def pairs(values: Mapping[str, str]) -> str:
     return "\n".join(f"{name.ljust(width)}{_GAP}{value}".rstrip() for name, value in values.items())
 
 
-def funds_document(account: str, funds: Funds) -> dict[str, Any]:
+def funds_document(account: str, funds: Funds | Stranded) -> dict[str, Any]:
     """An account's credits, amounts as decimal strings. allowance: the window that decides, and in windows all of
-    them. window, resets_at: None on a plan without an allowance."""
+    them. window, resets_at: None on a plan without an allowance. On a plan that is not in the configuration, allowance
+    is None, and error says what to do."""
+    if isinstance(funds, Stranded):
+        return {
+            "account": account,
+            "plan": funds.plan,
+            "allowance": None,
+            "windows": [],
+            **_balance_document(funds),
+            "error": _what_to_do(funds),
+        }
     tightest = funds.tightest
     return {
         "account": account,
@@ -64,9 +75,23 @@ def funds_document(account: str, funds: Funds) -> dict[str, Any]:
             }
             for window in funds.windows
         ],
-        "balance": format_credits(funds.balance_nano),
-        "balance_held": format_credits(funds.balance_held_nano),
+        **_balance_document(funds),
     }
+
+
+def _balance_document(funds: Funds | Stranded) -> dict[str, str]:
+    return {"balance": format_credits(funds.balance_nano), "balance_held": format_credits(funds.balance_held_nano)}
+
+
+def _not_configured(funds: Stranded) -> str:
+    return f"plan {funds.plan!r} is not in the configuration"
+
+
+def _what_to_do(funds: Stranded) -> str:
+    return (
+        f"{_not_configured(funds)}: the account's requests are refused until the plan is back or "
+        "`accounts set-plan` moves the account to another"
+    )
 
 
 def _window_document(window: WindowFunds) -> dict[str, str]:
@@ -78,16 +103,10 @@ def _window_document(window: WindowFunds) -> dict[str, str]:
     }
 
 
-def duration(span_ms: int) -> str:
-    """A window's length as the configuration writes it: ``24h``, ``90m``, else in milliseconds."""
-    for unit, unit_ms in (("h", 3_600_000), ("m", 60_000), ("s", 1000)):
-        if span_ms % unit_ms == 0:
-            return f"{span_ms // unit_ms}{unit}"
-    return f"{span_ms}ms"
-
-
-def funds_lines(account: str, funds: Funds) -> dict[str, str]:
+def funds_lines(account: str, funds: Funds | Stranded) -> dict[str, str]:
     """The same for people, as ``pairs`` takes it."""
+    if isinstance(funds, Stranded):
+        return {"account": account, "plan": funds.plan, "balance": _balance(funds), "note": _what_to_do(funds)}
     allowances = {"allowance": "none"}
     if len(funds.windows) == 1:
         allowances = {"allowance": _allowance(funds.windows[0], funds.now_ms)}
@@ -105,20 +124,19 @@ def _allowance(window: WindowFunds, now_ms: int) -> str:
     return f"{left} ({spent}); resets {rfc3339(window.resets_at_ms)}, in {minutes // 60} h {minutes % 60} min"
 
 
-def _balance(funds: Funds) -> str:
+def _balance(funds: Funds | Stranded) -> str:
     held = f" ({format_credits(funds.balance_held_nano)} held)" if funds.balance_held_nano else ""
     return f"{format_credits(funds.balance_nano)}{held}"
 
 
-def accounts_answer(entries: Sequence[tuple[str, Funds | str]]) -> Answer:
-    """Every account with its funds, or with the reason why they are not to be had."""
+def accounts_answer(entries: Sequence[tuple[str, Funds | Stranded]]) -> Answer:
+    """Every account with its funds."""
     documents, rows = [], []
     for account, funds in entries:
-        if isinstance(funds, str):
-            documents.append({"account": account, "error": funds})
-            rows.append((account, "?", "?", f"? ({funds})"))
-            continue
         documents.append(funds_document(account, funds))
+        if isinstance(funds, Stranded):
+            rows.append((account, funds.plan, "?", f"{_balance(funds)} ({_not_configured(funds)})"))
+            continue
         left = "none" if funds.resets_at_ms is None else format_credits(funds.allowance_remaining_nano)
         rows.append((account, funds.plan, left, _balance(funds)))
     text = table(("account", "plan", "allowance left", "balance"), rows) if rows else "no accounts"
@@ -151,6 +169,14 @@ def reservations_answer(reservations: Sequence[OpenReservation]) -> Answer:
     rows = [[one[name] for name in header] for one in documents]
     titles = [name.removesuffix("_at").replace("_", " ") for name in header]
     return Answer({"data": documents}, table(titles, rows) if rows else "no open reservations")
+
+
+def findings_answer(findings: Sequence[Finding]) -> Answer:
+    """What the doctor found; not ok if anything fails."""
+    documents = [{"component": one.component, "ok": one.ok, "detail": one.detail} for one in findings]
+    rows = [(one.state, one.component, one.detail) for one in findings]
+    text = table(("state", "component", "detail"), rows)
+    return Answer({"data": documents}, text, all(one.ok for one in findings))
 
 
 def _time_or_none(epoch_ms: int | None) -> str | None:

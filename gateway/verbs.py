@@ -13,10 +13,10 @@ from typing import TextIO
 
 from gateway.credits.archive import Period
 from gateway.credits.auditor import Auditor
-from gateway.credits.errors import UnknownPlan
+from gateway.credits.errors import EngineError, Rejected, UnknownReservation
 from gateway.credits.keyspace import reservation_id
 from gateway.credits.ledger import Entry
-from gateway.credits.operator import Operator
+from gateway.credits.operator import Operator, Stranded
 from gateway.domain.decision import Funds
 from gateway.domain.money import format_credits
 from gateway.output import (
@@ -43,7 +43,7 @@ async def _accounts_create(operator: Operator, args: Namespace) -> Answer:
 
 
 async def _accounts_show(operator: Operator, args: Namespace) -> Answer:
-    funds = await operator.funds(args.account)
+    funds = await operator.standing(args.account)
     count = len(await operator.keys(args.account))
     return Answer(
         {**funds_document(args.account, funds), "keys": count},
@@ -52,17 +52,11 @@ async def _accounts_show(operator: Operator, args: Namespace) -> Answer:
 
 
 async def _accounts_list(operator: Operator, _: Namespace) -> Answer:
-    async def entry(account: str) -> tuple[str, Funds | str]:
-        try:
-            return account, await operator.funds(account)
-        except UnknownPlan as error:  # the list is how the operator finds out which accounts these are
-            return account, str(error)
-
     names = await operator.accounts()
-    entries = []
+    standings: list[Funds | Stranded] = []
     for start in range(0, len(names), _LIST_AT_ONCE):
-        entries += await asyncio.gather(*map(entry, names[start : start + _LIST_AT_ONCE]))
-    return accounts_answer(entries)
+        standings += await asyncio.gather(*map(operator.standing, names[start : start + _LIST_AT_ONCE]))
+    return accounts_answer(list(zip(names, standings, strict=True)))
 
 
 async def _accounts_set_plan(operator: Operator, args: Namespace) -> Answer:
@@ -71,10 +65,10 @@ async def _accounts_set_plan(operator: Operator, args: Namespace) -> Answer:
 
 
 async def _credits_show(operator: Operator, args: Namespace) -> Answer:
-    return _funds_answer(args.account, await operator.funds(args.account))
+    return _funds_answer(args.account, await operator.standing(args.account))
 
 
-def _funds_answer(account: str, funds: Funds) -> Answer:
+def _funds_answer(account: str, funds: Funds | Stranded) -> Answer:
     return Answer(funds_document(account, funds), pairs(funds_lines(account, funds)))
 
 
@@ -97,7 +91,16 @@ async def _credits_refund(operator: Operator, args: Namespace) -> Answer:
     request = args.request
     if request.startswith("req_"):  # what x-request-id says
         request = reservation_id(args.account, request.removeprefix("req_"))
-    refunded = await operator.refund_request(args.account, request, operation, args.reason)
+    try:
+        refunded = await operator.refund_request(args.account, request, operation, args.reason)
+    except UnknownReservation as error:
+        raise EngineError(
+            f"there is no request {args.request!r} that account {args.account!r} was charged for in the last 24 h; "
+            "its id is in the answer's x-request-id, or in `ledger tail`"
+        ) from error
+    except Rejected as error:
+        # Whoever typed one form of the id need not know the other.
+        raise Rejected(str(error).replace(request, args.request)) from error
     figures = {
         "allowance": format_credits(refunded.from_allowance_nano),
         "balance": format_credits(refunded.from_balance_nano),
@@ -141,6 +144,12 @@ async def _reservations_void(operator: Operator, args: Namespace) -> Answer:
     text = f"{args.id} had ended before ({ended.state})" if ended.repeated else f"voided {args.id}; its hold is free"
     return Answer({"id": args.id, "state": ended.state, "repeated": ended.repeated}, text)
 
+
+#: Those that decide by plans. The others need of the configuration only where store and archive are: a key can be
+#: revoked whatever else is wrong.
+NEED_PLANS = frozenset({"accounts create", "accounts show", "accounts list", "accounts set-plan", "credits show"})
+#: Those that have something to do on an empty store, and so may make one.
+MAKE_STORES = frozenset({"accounts create"})
 
 #: By the words that are typed.
 VERBS: Mapping[str, Callable[[Operator, Namespace], Awaitable[Answer]]] = {

@@ -49,13 +49,18 @@ class _Spot:
 
 @dataclass(slots=True)
 class Document:
-    """A parsed file and the mistakes found in it so far."""
+    """A parsed file and the mistakes found in it so far.
+
+    sections: the keys of the file's outermost mapping below which there are mistakes; an empty one for the mapping
+    itself.
+    """
 
     file: str
     problems: list[Problem]
     tree: dict[str, Any] = field(default_factory=dict)
     spots: dict[Location, _Spot] = field(default_factory=dict)
     bad: set[Location] = field(default_factory=set)
+    sections: set[str] = field(default_factory=set)
 
     def report(self, location: Location, sentence: str, *, at_key: bool = False) -> None:
         """Note a mistake at a value (or at its key), unless one was noted there or around it before."""
@@ -63,8 +68,12 @@ class Document:
             return
         self.bad.add(location)
         spot = next(self.spots[location[:n]] for n in range(len(location), -1, -1) if location[:n] in self.spots)
-        line, column = spot.key if at_key else spot.value
-        self.problems.append(Problem(self.file, line, column, sentence))
+        self.note(location, spot.key if at_key else spot.value, sentence)
+
+    def note(self, location: Location, position: tuple[int, int], sentence: str) -> None:
+        """Note a mistake at a line and column, whatever else was noted there."""
+        self.problems.append(Problem(self.file, *position, sentence))
+        self.sections.add(str(location[0]) if location else "")
 
 
 def dotted(location: Location) -> str:
@@ -192,9 +201,8 @@ class _Converter:
             here = (*location, key)
             if key in result:
                 first = self.document.spots[here].key[0]
-                line, column = _mark(key_node)
                 message = f"{dotted(here)} is written twice, first on line {first}: remove one"
-                self.document.problems.append(Problem(self.document.file, line, column, message))
+                self.document.note(here, _mark(key_node), message)
                 continue
             self.document.spots[here] = _Spot(_mark(key_node), _mark(value_node))
             result[key] = self.value(value_node, here)
@@ -202,9 +210,8 @@ class _Converter:
 
     def _report_key(self, node: yaml.Node, location: Location) -> None:
         where = f" in {dotted(location)}" if location else ""
-        line, column = _mark(node)
         message = f"a key{where} is not plain text: merge keys (<<), tags and nested keys are not supported"
-        self.document.problems.append(Problem(self.document.file, line, column, message))
+        self.document.note(location, _mark(node), message)
 
     def value(self, node: yaml.Node, location: Location) -> Any:
         """A dict, a list or a Text."""

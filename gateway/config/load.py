@@ -11,13 +11,26 @@ from gateway.config.document import UNREADABLE, Document, Text, quoted, read_doc
 from gateway.config.fields import PRICE_UNITS, Context
 from gateway.config.model import AdminConfig, ArchiveConfig, GatewayConfig, Limits, StoreConfig, Upstream
 from gateway.config.problem import ConfigError, Problem
-from gateway.config.raw import MainFile, ModelsFile, PlansFile, RawAllowance, RawModel, RawPlan, RawUpstream
+from gateway.config.raw import (
+    MainFile,
+    ModelsFile,
+    PlansFile,
+    RawAllowance,
+    RawArchive,
+    RawModel,
+    RawPlan,
+    RawStore,
+    RawUpstream,
+)
 from gateway.config.validation import Section, validate
 from gateway.domain.model import Model
 from gateway.domain.plan import Allowance, Plan
 from gateway.domain.price import TokenPrices
 
-__all__ = ["ConfigError", "Problem", "load", "shipped_dir"]
+__all__ = ["ConfigError", "OperatorConfig", "Problem", "load", "load_for_operator", "shipped_dir"]
+
+#: Mistakes in these cannot make an operator's verb work on another store. An unknown key might be a misspelt ``store``.
+_APART_FROM_THE_STORE = MainFile.model_fields.keys() - {"store", "archive"}
 
 
 def shipped_dir() -> Path:
@@ -32,10 +45,45 @@ def load(path: Path | None = None, environ: Mapping[str, str] | None = None) -> 
     environ: what ``${NAME}`` stands for (default: the process's environment). Raises ConfigError with every mistake.
     """
     reading = _Reading(os.environ if environ is None else environ)
-    config = _load(path or shipped_dir() / "gateway.yaml", reading)
-    if reading.problems or config is None:
+    parts = _read(path, reading)
+    if reading.problems or parts is None:
         raise ConfigError(reading.problems, reading.files)
-    return replace(config, files=reading.files)
+    return replace(_build(parts), files=reading.files)
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorConfig:
+    """What an operator's verbs need of the configuration, whatever is wrong with the rest of it.
+
+    plans: None where there are mistakes in them; default_plan is empty then. problems: every mistake.
+    """
+
+    store: StoreConfig
+    archive: ArchiveConfig
+    plans: Mapping[str, Plan] | None
+    default_plan: str
+    problems: tuple[Problem, ...]
+
+
+def load_for_operator(path: Path | None = None, environ: Mapping[str, str] | None = None) -> OperatorConfig:
+    """The same for a verb that only has to find the store and its archive. Raises ConfigError with every mistake where
+    one of them is about those, or may be."""
+    reading = _Reading(os.environ if environ is None else environ)
+    parts = _read(path, reading)
+    error = ConfigError(reading.problems, reading.files)
+    if parts is None or not parts.document.sections <= _APART_FROM_THE_STORE:
+        raise error
+    main, context = parts.document, Context(None, None)
+    store = validate(Section(main, main.tree.get("store", {}), ("store",)), RawStore, context)
+    archive = validate(Section(main, main.tree.get("archive", {}), ("archive",)), RawArchive, context)
+    assert store is not None and archive is not None, "what is wrong with them was reported above"
+    return OperatorConfig(
+        store=_store(store),
+        archive=ArchiveConfig(archive.url),
+        plans=None if parts.plans is None else _plans(parts.plans),
+        default_plan="" if parts.plans is None else _default_plan(parts.plans),
+        problems=error.problems,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +98,19 @@ class _Reading:
         return read_document(path, self.environ, self.problems, self.files)
 
 
-def _load(path: Path, reading: _Reading) -> GatewayConfig | None:
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What the files say, as it is written; None for a part with mistakes. document: the main file's."""
+
+    document: Document
+    main: MainFile | None
+    plans: PlansFile | None
+    models: ModelsFile | None
+
+
+def _read(path: Path | None, reading: _Reading) -> _Parts | None:
+    """Every mistake is in reading afterwards. None where the main file cannot be parsed."""
+    path = path or shipped_dir() / "gateway.yaml"
     main = reading.document(path)
     if main is None:
         return None
@@ -65,9 +125,10 @@ def _load(path: Path, reading: _Reading) -> GatewayConfig | None:
     check_listeners(main)
     if plans:
         check_plans(plans)
-    if reading.problems or raw_main is None or raw_plans is None or raw_models is None:
-        return None
-    return _build(raw_main, raw_plans, raw_models)
+        # There are mistakes that leave the plans readable: one that is written twice, two default ones.
+        if "plans" in main.sections or (plans.document is not main and plans.document.sections):
+            raw_plans = None
+    return _Parts(main, raw_main, raw_plans, raw_models)
 
 
 def _section(main: Document, key: str, directory: Path, reading: _Reading) -> Section | None:
@@ -99,19 +160,16 @@ def _context(main: Document, models: Section | None) -> Context:
     return Context(tuple(upstreams) if upstreams and isinstance(upstreams, dict) else None, unit)
 
 
-def _build(main: MainFile, plans: PlansFile, models: ModelsFile) -> GatewayConfig:
+def _build(parts: _Parts) -> GatewayConfig:
+    main, plans, models = parts.main, parts.plans, parts.models
+    assert main is not None and plans is not None and models is not None, "without mistakes all of it can be read"
     return GatewayConfig(
         listen=main.listen,
         admin=AdminConfig(listen=main.admin.listen, token=main.admin.token or None),
-        store=StoreConfig(
-            url=main.store.url,
-            data_dir=main.store.data_dir,
-            timeout_ms=main.store.timeout,
-            allow_unsafe=main.store.allow_unsafe,
-        ),
+        store=_store(main.store),
         upstreams={name: _upstream(name, raw) for name, raw in main.upstreams.items()},
-        plans={name: _plan(name, raw) for name, raw in plans.plans.items()},
-        default_plan=next(name for name, raw in plans.plans.items() if raw.default),
+        plans=_plans(plans),
+        default_plan=_default_plan(plans),
         models={name: _model(name, raw) for name, raw in models.models.items()},
         limits=Limits(body_bytes=main.limits.body, response_bytes=main.limits.response),
         archive=ArchiveConfig(main.archive.url),
@@ -131,6 +189,18 @@ def _upstream(name: str, raw: RawUpstream) -> Upstream:
         allow_fields=raw.allow_fields,
         count_output=raw.count_output,
     )
+
+
+def _store(raw: RawStore) -> StoreConfig:
+    return StoreConfig(url=raw.url, data_dir=raw.data_dir, timeout_ms=raw.timeout, allow_unsafe=raw.allow_unsafe)
+
+
+def _plans(raw: PlansFile) -> dict[str, Plan]:
+    return {name: _plan(name, plan) for name, plan in raw.plans.items()}
+
+
+def _default_plan(raw: PlansFile) -> str:
+    return next(name for name, plan in raw.plans.items() if plan.default)
 
 
 def _plan(name: str, raw: RawPlan) -> Plan:

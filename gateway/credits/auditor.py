@@ -77,7 +77,7 @@ class Auditor:
 
     async def tail(self, account: str, count: int) -> list[Entry]:
         """The account's last count entries, oldest first. Raises UnknownAccount, BrokenEntry."""
-        await self._check_archive()
+        await self.check_archive()
         last = await self.last_sequence(account)
         return [one async for one in self._read_one(account, Span(max(0, last - count), last), _EVER)]
 
@@ -94,7 +94,7 @@ class Auditor:
     async def export(self, account: str | None, period: Period) -> AsyncIterator[Entry]:
         """Every entry of the period that was made before this began, of one account or all; those of one account in
         order. Holds no more than a page of them at a time. Raises UnknownAccount, BrokenEntry."""
-        await self._check_archive()
+        await self.check_archive()
         if account is not None:
             async for entry in self._read_one(account, Span(0, await self.last_sequence(account)), period):
                 yield entry
@@ -112,10 +112,15 @@ class Auditor:
             raise UnknownAccount(account)
         return int(reply)
 
-    async def _check_archive(self) -> None:
+    async def check_archive(self) -> bool:
+        """Whether the store's ledger goes to this archive; False where it goes to none yet. Raises ForeignArchive where
+        it goes to another one."""
         owner = await self._store.call("HGET", META, ARCHIVE_FIELD)
-        if owner is not None and await self._archive.find() != owner.decode():
+        if owner is None:
+            return False
+        if await self._archive.find() != owner.decode():
             raise ForeignArchive("this store's ledger goes to another archive than the one that archive.url names")
+        return True
 
     async def _read_one(self, account: str, span: Span, period: Period) -> AsyncIterator[Entry]:
         def complain(error: BrokenEntry) -> None:
@@ -179,7 +184,7 @@ class Auditor:
 
     async def verify(self, account: str | None = None) -> Audit:
         """Sum up the ledger of one account or of all, and compare. Raises UnknownAccount."""
-        await self._check_archive()
+        await self.check_archive()
         # Before the accounts: an account can only be ahead of this, unless the store has lost what the archive has.
         archived = await self._archive.last_sequences(account)
         live = await self._store.scan(ACCOUNT_PATTERN) if account is None else [account_key(account)]

@@ -56,6 +56,16 @@ class ApiKey:
     source: KeySource = "api"
 
 
+@dataclass(frozen=True, slots=True)
+class Stranded:
+    """The prepaid credits, in nano-credits, of an account whose plan is not in the configuration. Whatever it has, its
+    requests are refused until it is moved to another plan."""
+
+    plan: str
+    balance_nano: int
+    balance_held_nano: int
+
+
 class Operator:
     """The use cases of an operator. Operations that move credits carry an id and happen once.
 
@@ -90,6 +100,17 @@ class Operator:
         while isinstance(outcome := await scripts.show(self._store, account, self._plan(plan)), str):
             plan = outcome
         return outcome
+
+    async def standing(self, account: str) -> Funds | Stranded:
+        """The account's credits as of now, also where its plan is gone. Raises UnknownAccount."""
+        while True:
+            try:
+                return await self.funds(account)
+            except UnknownPlan as error:
+                # Its windows cannot be told without the plan's terms; its balance can.
+                found = await scripts.show(self._store, account, Plan(error.plan))
+            if isinstance(found, Funds):
+                return Stranded(found.plan, found.balance_nano, found.balance_held_nano)
 
     async def set_plan(self, account: str, plan: str, operation: str | None = None, version: int = 0) -> Funds:
         """Move the account to another plan. Raises UnknownAccount, UnknownPlan, OperationConflict, Rejected."""

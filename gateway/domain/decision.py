@@ -78,11 +78,13 @@ class Funds:
         """Prepaid credits that no request in flight holds."""
         return self.balance_nano - self.balance_held_nano
 
-    def allowance_at_refresh_nano(self) -> int:
-        """What the allowance could pay just after resets_at_ms, if nothing is used until then."""
-        at = self.resets_at_ms or 0
+    def allowance_at_nano(self, moment_ms: int) -> int:
+        """What the allowance could pay at a coming moment, if nothing is in flight and nothing is used until then."""
         return min(
-            (w.next_granted_nano if w.resets_at_ms <= at else w.granted_nano - w.used_nano for w in self.windows),
+            (
+                w.next_granted_nano if w.resets_at_ms <= moment_ms else max(0, w.granted_nano - w.used_nano)
+                for w in self.windows
+            ),
             default=0,
         )
 
@@ -140,11 +142,13 @@ Reason = Literal["credits_in_flight", "refresh_soon", "allowance_spent", "exceed
 
 @dataclass(frozen=True, slots=True)
 class Denied:
-    """Not admitted; nothing was written. required_nano: the least that the request would have had to hold."""
+    """Not admitted; nothing was written. required_nano: the least that the request would have had to hold. window: the
+    one whose refresh brings that, or else the one that decides; None on a plan without an allowance."""
 
     reason: Reason
     required_nano: int
     funds: Funds
+    window: WindowFunds | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,19 +183,20 @@ def deny(required_nano: int, funds: Funds, plan: Plan) -> Denied:
     """Name the reason why required_nano (list price) was not to be had from funds."""
     balance = funds.balance_nano if plan.payg else 0
     free = affordable_nano(funds, plan)
-    # Once nothing is in flight, the window that then is tightest decides.
-    idle = min((max(0, window.granted_nano - window.used_nano) for window in funds.windows), default=0)
+
+    def fits(moment_ms: int) -> bool:
+        return _at_list_price(funds.allowance_at_nano(moment_ms), plan) + balance >= required_nano
+
+    enough = next((w for w in sorted(funds.windows, key=lambda w: w.resets_at_ms) if fits(w.resets_at_ms)), None)
     held = any(window.held_nano for window in funds.windows) or (plan.payg and funds.balance_held_nano > 0)
-    fits_when_idle = _at_list_price(idle, plan) + balance >= required_nano
-    fits_next_window = _at_list_price(funds.allowance_at_refresh_nano(), plan) + balance >= required_nano
     reason: Reason
-    if held and fits_when_idle:
-        reason = "credits_in_flight"
-    elif funds.resets_at_ms is not None and fits_next_window:
-        reason = "refresh_soon" if funds.resets_at_ms - funds.now_ms <= SOON_MS else "allowance_spent"
+    if held and fits(funds.now_ms):
+        reason, enough = "credits_in_flight", None
+    elif enough is not None:
+        reason = "refresh_soon" if enough.resets_at_ms - funds.now_ms <= SOON_MS else "allowance_spent"
     else:
         reason = "exceeds_balance" if free or held else "no_credits"
-    return Denied(reason, required_nano, funds)
+    return Denied(reason, required_nano, funds, enough or (funds.tightest if funds.windows else None))
 
 
 def affordable_nano(funds: Funds, plan: Plan) -> int:

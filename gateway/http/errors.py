@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 import orjson
 from aiohttp import web
 
-from gateway.domain.decision import Denied, Funds, Repeated, affordable_nano
+from gateway.domain.decision import Denied, Funds, Repeated, WindowFunds, affordable_nano
 from gateway.domain.model import Model
 from gateway.domain.money import format_credits
 from gateway.domain.plan import Plan
@@ -68,6 +68,14 @@ class Failure:
 def rfc3339(epoch_ms: int) -> str:
     """UTC, to the second."""
     return datetime.fromtimestamp(epoch_ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def duration(span_ms: int) -> str:
+    """A window's length as the configuration writes it: ``24h``, ``90m``, else in milliseconds."""
+    for unit, unit_ms in (("h", 3_600_000), ("m", 60_000), ("s", 1000)):
+        if span_ms % unit_ms == 0:
+            return f"{span_ms // unit_ms}{unit}"
+    return f"{span_ms}ms"
 
 
 def bad_key() -> Failure:
@@ -211,7 +219,11 @@ def quota_ended(funds: Funds) -> Mapping[str, object]:
         "ended_by": "credits",
         "code": "insufficient_quota",
         "message": "The answer ends here because all credits are spent or held by other requests. "
-        + (f"The allowance refreshes at {resets_at}." if resets_at else "Add IO Credits to get longer answers."),
+        + (
+            f"{_allowance(funds.tightest)} refreshes at {resets_at}."
+            if resets_at
+            else "Add IO Credits to get longer answers."
+        ),
         "resets_at": resets_at,
     }
 
@@ -309,8 +321,8 @@ def denied(denial: Denied, plan: Plan, bound: Bound, model: Model) -> Failure:
     """Not enough credits: now, until the refresh, or at all."""
     funds = denial.funds
     metadata = _funds_metadata(denial, plan)
-    resets_at = None if funds.resets_at_ms is None else -(-funds.resets_at_ms // 1000)
-    wait_ms = 0 if funds.resets_at_ms is None else max(1, funds.resets_at_ms - funds.now_ms)
+    resets_at = None if denial.window is None else -(-denial.window.resets_at_ms // 1000)
+    wait_ms = 0 if denial.window is None else max(1, denial.window.resets_at_ms - funds.now_ms)
     match denial.reason:
         case "credits_in_flight":
             return Failure(
@@ -326,18 +338,19 @@ def denied(denial: Denied, plan: Plan, bound: Bound, model: Model) -> Failure:
                 429,
                 "rate_limit_error",
                 "rate_limit_exceeded",
-                f"The allowance of plan {plan.name!r} is spent; it refreshes in {-(-wait_ms // 1000)} s.",
+                f"{_allowance(denial.window)} of plan {plan.name!r} is spent; it refreshes in {-(-wait_ms // 1000)} s.",
                 headers=_retry_after(wait_ms),
                 metadata=metadata,
                 resets_at=resets_at,
             )
         case "allowance_spent":
-            assert funds.resets_at_ms is not None
+            assert denial.window is not None
             return Failure(
                 429,
                 "usage_limit_reached",
                 "insufficient_quota",
-                f"The allowance of plan {plan.name!r} is spent until {rfc3339(funds.resets_at_ms)}. "
+                f"{_allowance(denial.window)} of plan {plan.name!r} is spent until "
+                f"{rfc3339(denial.window.resets_at_ms)}. "
                 + ("Add IO Credits to go on now." if plan.payg else "Access pauses until then."),
                 headers={"Retry-After": str(-(-wait_ms // 1000)), **_NO_RETRY},
                 metadata=metadata,
@@ -351,7 +364,8 @@ def denied(denial: Denied, plan: Plan, bound: Bound, model: Model) -> Failure:
                 "request_exceeds_balance",
                 "This request requires more credits, or fewer max_tokens. You requested up to "
                 f"{bound.output_tokens_each} tokens, but can only afford {affordable}"
-                + (f" (answers of fewer than {least_output(bound)} are not begun)." if affordable else "."),
+                + (f" (answers of fewer than {least_output(bound)} are not begun)." if affordable else ".")
+                + ("" if plan.payg else f" {_without_payg(denial.window, plan)}"),
                 headers=_NO_RETRY,
                 metadata=metadata,
             )
@@ -360,10 +374,27 @@ def denied(denial: Denied, plan: Plan, bound: Bound, model: Model) -> Failure:
                 402,
                 "insufficient_quota",
                 "insufficient_quota",
-                "There are no credits left and no refresh will bring enough: add IO Credits or change the plan.",
+                "There are no credits left and no refresh will bring enough: add IO Credits or change the plan."
+                if plan.payg
+                else f"{_allowance(denial.window)} is spent. {_without_payg(denial.window, plan)}",
                 headers=_NO_RETRY,
                 metadata=metadata,
             )
+
+
+def _allowance(window: WindowFunds | None) -> str:
+    """One window of an allowance, at the beginning of a sentence: the others may well have some left."""
+    assert window is not None, "who waits for a refresh, or has no prepaid credits to use, has an allowance"
+    return f"The {duration(window.refresh_ms)} allowance"
+
+
+def _without_payg(window: WindowFunds | None, plan: Plan) -> str:
+    """Why neither prepaid credits, which the account may well have, nor waiting helps."""
+    assert window is not None, "a plan that does not use prepaid credits has an allowance"
+    return (
+        f"Plan {plan.name!r} does not use prepaid credits, and also after its {duration(window.refresh_ms)} allowance "
+        f"refreshes at {rfc3339(window.resets_at_ms)} it has too little for this request."
+    )
 
 
 def _retry_after(wait_ms: int) -> dict[str, str]:
@@ -379,7 +410,8 @@ def _funds_metadata(denial: Denied, plan: Plan) -> dict[str, object]:
         "required": format_credits(denial.required_nano),
         "available": format_credits(affordable_nano(funds, plan)),
         "held": format_credits(held),
-        "resets_at": None if funds.resets_at_ms is None else rfc3339(funds.resets_at_ms),
+        "resets_at": None if denial.window is None else rfc3339(denial.window.resets_at_ms),
+        "window": None if denial.window is None else duration(denial.window.refresh_ms),
     }
 
 

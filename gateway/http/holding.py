@@ -37,8 +37,8 @@ class Holding:
     """What to reserve for a request, in femto-credits at list price.
 
     minimum_femto is needed while other requests of the account are in flight; without any, alone_femto is enough.
-    slice_tokens: the output of each answer that a stream holds at a time; None where all is held at once. grows: more may
-    be held later.
+    slice_tokens: the output of each answer that a stream holds at a time; None where all is held at once. grows: more
+    may be held later.
     """
 
     amount_femto: int

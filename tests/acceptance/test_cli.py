@@ -7,14 +7,15 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -102,6 +103,44 @@ def gateway(command: Command) -> Iterator[Gateway]:
         yield gateway
 
 
+@dataclass(frozen=True)
+class Said:
+    """What a verb ended with."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class Here:
+    """The command in this process, for tests to which a dozen starts of a whole command would be slow."""
+
+    capsys: pytest.CaptureFixture[str]
+
+    def run(self, *arguments: str) -> Said:
+        self.capsys.readouterr()
+        return Said(cli.main(arguments), *self.capsys.readouterr())
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str]) -> Here:
+    return Here(capsys)
+
+
+@pytest.fixture(scope="module")
+def module_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def store_with_alice(module_directory: Path) -> Iterator[Path]:
+    """The data directory of a running gateway with an account ``alice`` on the shipped configuration's plan."""
+    with running_gateway(SHIPPED, data_dir=module_directory / "data", env=environment()) as gateway:
+        gateway.cli("accounts", "create", "alice")
+        yield gateway.data_dir
+
+
 @pytest.fixture(params=["stopped", "running"])
 def either(request: pytest.FixtureRequest, command: Command) -> Command:
     """Beside a running gateway and without one."""
@@ -126,7 +165,6 @@ def test_the_credits_of_an_account(either: Command) -> None:
     assert either.json("credits", "grant", "alice", "3")["balance"] == "15.5"
     assert either.json("credits", "deduct", "alice", "3", "--reason", "a slip")["balance"] == "12.5"
     assert either.refusal("credits", "deduct", "alice", "12.6").startswith("at most 12.5 credits are neither spent")
-    assert either.refusal("credits", "refund", "alice", "--request", f"req_{'0' * 24}").startswith("there is no")
 
     shown = either.json("credits", "show", "alice")
     resets_at = datetime.strptime(shown["allowance"]["resets_at"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
@@ -250,12 +288,9 @@ def test_the_plan_of_an_account(command: Command) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_unknown_names(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
-) -> None:
-    # In this process, because a dozen starts of a whole command are slow.
-    assert cli.main([*arguments, "--config", str(SHIPPED), "--data-dir", str(tmp_path)]) == 1
-    assert capsys.readouterr() == ("", f"quota-gateway: {message}\n")
+def test_unknown_names(store_with_alice: Path, here: "Here", arguments: tuple[str, ...], message: str) -> None:
+    ended = here.run(*arguments, "--config", str(SHIPPED), "--data-dir", str(store_with_alice))
+    assert ended == Said(1, "", f"quota-gateway: {message}\n")
 
 
 @pytest.mark.parametrize(
@@ -325,14 +360,39 @@ def test_accounts_on_a_plan_that_is_gone_are_named(command: Command) -> None:
 
     command = Command(command.directory, command.data_dir, write("basic", "old"))
     command.text("accounts", "create", "alice", "--plan", "old")
+    command.text("credits", "grant", "alice", "12.5")
     command.text("accounts", "create", "bob")
     write("basic")
     alice, bob = command.json("accounts", "list")["data"]
-    assert alice == {"account": "alice", "error": "plan 'old' is not in the configuration"}
+    reason = (
+        "plan 'old' is not in the configuration: the account's requests are refused until the plan is back or "
+        "`accounts set-plan` moves the account to another"
+    )
+    assert alice == {
+        "account": "alice",
+        "plan": "old",
+        "allowance": None,
+        "windows": [],
+        "balance": "12.5",
+        "balance_held": "0",
+        "error": reason,
+    }
     assert (bob["account"], bob["plan"]) == ("bob", "basic")
     assert bob["allowance"]["window"] is None and bob["allowance"]["resets_at"] is None
-    assert "plan 'old' is not in the configuration" in command.text("accounts", "list")
-    assert command.refusal("credits", "show", "alice") == "plan 'old' is not in the configuration, which has basic"
+    assert "12.5 (plan 'old' is not in the configuration)" in command.text("accounts", "list")
+
+    # What it has is not lost, and a customer may well ask for it.
+    assert command.json("credits", "show", "alice") == alice
+    assert command.json("accounts", "show", "alice") == {**alice, "keys": 0}
+    shown = command.text("credits", "show", "alice").splitlines()
+    assert [line.split(maxsplit=1) for line in shown] == [
+        ["account", "alice"],
+        ["plan", "old"],
+        ["balance", "12.5"],
+        ["note", reason],
+    ]
+    command.text("accounts", "set-plan", "alice", "basic")
+    assert command.json("credits", "show", "alice")["balance"] == "12.5"
 
 
 def test_the_first_start_leaves_an_account_for_the_verbs(command: Command) -> None:
@@ -361,15 +421,41 @@ def test_a_refund_is_limited_to_what_was_charged(tmp_path: Path) -> None:
         assert command.refusal("credits", "refund", "default", "0.000000001").startswith("at most 0 credits")
 
 
-def chat(gateway: Gateway) -> None:
+def chat(gateway: Gateway, expected_status: int = 200) -> str:
+    """Send a request; its id."""
     body = {"model": "m", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 20}
     request = urllib.request.Request(
         f"{gateway.base_url}/chat/completions",
         json.dumps(body).encode(),
         {"Authorization": f"Bearer {gateway.key}", "Content-Type": "application/json"},
     )
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
-        assert answer.status == 200
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
+            status, headers = answer.status, answer.headers
+    except urllib.error.HTTPError as error:
+        with error:
+            status, headers = error.status, error.headers
+    assert status == expected_status
+    return str(headers["x-request-id"])
+
+
+def test_a_refund_of_a_request_names_what_was_typed(tmp_path: Path, here: Here) -> None:
+    nobody_listens = f"http://127.0.0.1:{free_port()}/v1"
+    plans = {"payg": {"default": True, "allowance": {"per_window": 1, "refresh": "24h"}}}
+    config = gateway_config(nobody_listens, ["m"], plans=plans)
+    with running_gateway(config, data_dir=tmp_path / "data") as gateway:
+        where = ("--config", str(gateway.config), "--data-dir", str(gateway.data_dir))
+        failed = chat(gateway, 502)
+        ended = here.run("credits", "refund", "default", "--request", failed, *where)
+        line = f"quota-gateway: {failed} is voided: only what was charged can be refunded\n"
+        assert ended == Said(1, "", line)
+        for never in (f"req_{'0' * 24}", f"rsv_00{'0' * 24}", "req_", "invoice-7"):
+            ended = here.run("credits", "refund", "default", "--request", never, *where)
+            assert (ended.code, ended.out) == (1, "")
+            assert ended.err.startswith(
+                f"quota-gateway: there is no request '{never}' that account 'default' was charged for in the last 24 h"
+            )
+            assert "rsv_" not in ended.err.replace(never, "")
 
 
 async def test_an_open_reservation_is_listed_and_voided(command: Command, gateway: Gateway, tmp_path: Path) -> None:
@@ -445,7 +531,41 @@ def test_doctor_finds_nothing_wrong(command: Command) -> None:
     findings = command.json("doctor")["data"]
     assert {"component", "ok", "detail"} == findings[0].keys()
     assert all(finding["ok"] for finding in findings)
-    assert re.search(r"^ok +store ", command.text("doctor"), re.M)
+    text = command.text("doctor")
+    assert re.search(r"^ok +store ", text, re.M)
+    assert re.search(rf"^note +archive +sqlite in {command.data_dir} is not there yet: serve makes it$", text, re.M)
+
+
+READING = [
+    ("accounts", "show", "acme"),
+    ("accounts", "list"),
+    ("credits", "show", "acme"),
+    ("keys", "list", "acme"),
+    ("ledger", "tail", "acme"),
+    ("ledger", "export"),
+    ("ledger", "verify"),
+    ("reservations", "list"),
+    # Nor is there anything to end, or to give to.
+    ("keys", "revoke", f"key_{'0' * 24}"),
+    ("reservations", "void", f"rsv_00{'0' * 24}"),
+    ("credits", "grant", "acme", "1"),
+]
+
+
+@pytest.mark.parametrize("words", READING, ids=" ".join)
+def test_reading_in_the_wrong_directory_makes_no_store(tmp_path: Path, here: Here, words: tuple[str, ...]) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    for there in (False, True):
+        if there:
+            elsewhere.mkdir()
+        ended = here.run(*words, "--config", str(SHIPPED), "--data-dir", str(elsewhere))
+        assert ended == Said(
+            1,
+            "",
+            f"quota-gateway: there is no store in {elsewhere}: name another directory with --data-dir; "
+            "`quota-gateway serve` or `quota-gateway accounts create` makes a new one\n",
+        )
+        assert elsewhere.exists() == there and not (there and list(elsewhere.iterdir()))
 
 
 def test_a_verb_in_the_wrong_directory_does_not_go_unnoticed(command: Command) -> None:
@@ -453,7 +573,7 @@ def test_a_verb_in_the_wrong_directory_does_not_go_unnoticed(command: Command) -
     where = ("--config", str(command.config), "--data-dir", str(elsewhere))
     ended = command.plain("doctor", *where)
     assert (ended.returncode, elsewhere.exists()) == (1, False)
-    assert f"{elsewhere} does not exist" in ended.stdout
+    assert f"there is no store in {elsewhere}: " in ended.stdout
     ended = command.plain("accounts", "create", "acme", *where)
     assert ended.returncode == 0
     assert ended.stderr == f"quota-gateway: making a new store in {elsewhere}\n"
@@ -467,9 +587,55 @@ def test_doctor_finds_a_store_that_is_away(command: Command) -> None:
     ended = command.plain("doctor", "--config", str(path), "--json")
     assert ended.returncode == 1
     found = {finding["component"]: finding["ok"] for finding in json.loads(ended.stdout)["data"]}
-    assert found == {"store": False, "upstream test": False}
+    assert found == {"store": False, "archive": True, "upstream test": False}
     refused = command.plain("accounts", "list", "--config", str(path))
     assert refused.returncode == 1 and refused.stderr.startswith("quota-gateway: cannot reach the store: ")
+
+
+def test_doctor_looks_at_the_archive(tmp_path: Path, store_with_alice: Path, here: Here) -> None:
+    def archive(url: str) -> tuple[bool, str]:
+        path = tmp_path / "config.yaml"
+        config = gateway_config("http://127.0.0.1:1/v1", ["m"])
+        path.write_text(yaml.safe_dump(config | {"archive": {"url": url}}))
+        ended = here.run("doctor", "--json", "--config", str(path), "--data-dir", str(store_with_alice))
+        [found] = [one for one in json.loads(ended.out)["data"] if one["component"] == "archive"]
+        return found["ok"], found["detail"]
+
+    assert archive("sqlite") == (True, f"sqlite in {store_with_alice} has this store's ledger")
+    ok, detail = archive(f"sqlite://{tmp_path}/another.sqlite3")
+    assert not ok and "this store's ledger goes to another archive" in detail
+    assert not (tmp_path / "another.sqlite3").exists()
+    (tmp_path / "text").write_text("This is not a database, and long enough for that to be noticed. " * 20)
+    ok, detail = archive(f"sqlite://{tmp_path}/text")
+    assert not ok and "file is not a database" in detail
+
+
+@pytest.mark.parametrize(("status", "ok"), [(200, True), (404, True), (405, True), (401, False), (500, False)])
+def test_doctor_does_not_ask_upstreams_for_a_list_that_they_lack(
+    tmp_path: Path, store_with_alice: Path, here: Here, status: int, ok: bool
+) -> None:
+    class Upstream(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Upstream) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            path = tmp_path / "config.yaml"
+            path.write_text(yaml.safe_dump(gateway_config(f"http://127.0.0.1:{server.server_port}/v1", ["m"])))
+            ended = here.run("doctor", "--config", str(path), "--data-dir", str(store_with_alice))
+        finally:
+            server.shutdown()
+            thread.join()
+    state = "note" if ok and status != 200 else "ok" if ok else "FAIL"
+    assert re.search(rf"^{state} +upstream test +GET /models answers {status}", ended.out, re.M), ended.out
+    assert ended.code == (0 if ok else 1)
 
 
 def test_healthcheck_asks_the_running_gateway(command: Command, gateway: Gateway) -> None:
@@ -531,6 +697,105 @@ def test_a_second_gateway_on_the_same_data_is_refused(command: Command, gateway:
     assert line.endswith(f"in use by another gateway (pid {gateway.pid})")
 
 
+# --- with mistakes in the configuration -------------------------------------------------------------------------
+
+#: A mistake in each part that has nothing to do with where the store is.
+MISTAKES = {
+    "listen": "nowhere",
+    "limits": {"body": "huge"},
+    "upstreams": {"test": {"base_url": "http://127.0.0.1:1/v1", "api_key": "${NOT_SET_ANYWHERE}"}},
+    "models": {"price_unit": "usd_per_lightyear", "models": {}},
+}
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Callable[[Mapping[str, Any]], Path]:
+    """Writes a configuration with the usual plans in which these parts are replaced."""
+
+    def write(parts: Mapping[str, Any]) -> Path:
+        path = tmp_path / "broken.yaml"
+        path.write_text(yaml.safe_dump({**gateway_config("http://127.0.0.1:1/v1", ["m"]), **parts}))
+        return path
+
+    return write
+
+
+def test_a_key_can_be_revoked_whatever_else_is_wrong(
+    store_with_alice: Path, broken: Callable[[Mapping[str, Any]], Path], here: Here
+) -> None:
+    path = broken({**MISTAKES, "plans": {"standard": {"allowance": "lots"}}})
+    where = ("--config", str(path), "--data-dir", str(store_with_alice))
+    mistakes = len(here.run("check-config", "--config", str(path)).err.splitlines()) - 1
+    assert mistakes >= 5
+
+    def run(*words: str) -> str:
+        ended = here.run(*words, *where)
+        assert ended.code == 0, ended.err
+        assert ended.err == (
+            f"quota-gateway: the configuration has {mistakes} mistakes, see `quota-gateway check-config`; "
+            f"`{words[0]} {words[1]}` can do without what is wrong\n"
+        )
+        return ended.out
+
+    key = json.loads(run("keys", "create", "alice", "--json"))["id"]
+    assert key in run("keys", "list", "alice")
+    assert run("keys", "revoke", key) == f"revoked {key} of account alice\n"
+    assert run("reservations", "list") == "no open reservations\n"
+    assert json.loads(run("ledger", "tail", "alice", "--json"))["data"]
+    assert run("ledger", "export", "alice")
+    assert run("ledger", "verify", "alice").startswith("ok: ")
+    gone = here.run("reservations", "void", f"rsv_00{'0' * 24}", *where)
+    assert gone.code == 1 and gone.err.endswith(f"quota-gateway: there is no reservation 'rsv_00{'0' * 24}'\n")
+
+    # What is decided by plans cannot be done without them.
+    for words in (("accounts", "list"), ("credits", "show", "alice"), ("accounts", "set-plan", "alice", "standard")):
+        ended = here.run(*words, *where)
+        assert (ended.code, ended.out) == (1, "")
+        assert len(ended.err.splitlines()) == mistakes + 1
+        assert ended.err.endswith(f"quota-gateway: the configuration has {mistakes} mistakes\n")
+
+
+def test_verbs_that_need_plans_do_with_good_ones(
+    store_with_alice: Path, broken: Callable[[Mapping[str, Any]], Path], here: Here
+) -> None:
+    where = ("--config", str(broken(MISTAKES)), "--data-dir", str(store_with_alice))
+    ended = here.run("credits", "show", "alice", "--json", *where)
+    assert (ended.code, json.loads(ended.out)["plan"]) == (0, "standard")
+    assert "see `quota-gateway check-config`" in ended.err
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"store": {"url": "redis//typo"}},
+        {"store": {"url": "${NOT_SET_ANYWHERE}"}},
+        {"store": {"data_dri": "elsewhere"}},
+        {"archive": {"url": "sqlite://relative"}},
+        # It might be the store's: then a verb would go to the default one.
+        {"stoer": {"url": "redis://127.0.0.1:6379"}},
+    ],
+    ids=str,
+)
+def test_no_verb_guesses_where_the_store_is(
+    store_with_alice: Path, broken: Callable[[Mapping[str, Any]], Path], here: Here, parts: Mapping[str, Any]
+) -> None:
+    where = ("--config", str(broken(parts)), "--data-dir", str(store_with_alice))
+    for words in (("keys", "list", "alice"), ("ledger", "verify"), ("reservations", "list"), ("accounts", "list")):
+        ended = here.run(*words, *where)
+        assert (ended.code, ended.out) == (1, "")
+        assert ended.err.endswith("quota-gateway: the configuration has 1 mistake\n")
+
+
+def test_a_store_that_is_written_twice_is_not_guessed_at(store_with_alice: Path, tmp_path: Path, here: Here) -> None:
+    path = tmp_path / "twice.yaml"
+    text = yaml.safe_dump(gateway_config("http://127.0.0.1:1/v1", ["m"]))
+    for mistake in ("store: {}\nstore: {url: 'redis://127.0.0.1:1'}\n", "base: &base {}\n<<: *base\n"):
+        path.write_text(text + mistake)
+        ended = here.run("keys", "list", "alice", "--config", str(path), "--data-dir", str(store_with_alice))
+        assert (ended.code, ended.out) == (1, "")
+        assert f"{path}:" in ended.err
+
+
 # --- ends that are not the verb's -------------------------------------------------------------------------------
 
 
@@ -554,6 +819,6 @@ def test_an_interrupt_ends_a_verb_quietly(monkeypatch: pytest.MonkeyPatch, capsy
     def interrupted(_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_schema", interrupted)
+    monkeypatch.setitem(cast(dict[str, Any], cli.GATEWAY_VERBS), "schema", interrupted)
     assert cli.main(["schema"]) == 130
     assert capsys.readouterr() == ("", "")

@@ -44,7 +44,8 @@ INVALID = "invalid_request_error"
 class Bench:
     """A gateway whose clock the tests move, before a hostile upstream.
 
-    The account ``default`` has 1 credit, ``poor`` nothing; both have no allowance. ``daily`` has DAILY a day.
+    The account ``default`` has 1 credit, ``poor`` nothing; both have no allowance. ``daily`` has DAILY a day. The plans
+    "hourly" and "tight" grant DAILY an hour, and less than twice that a day; "frugal" is "daily" without prepaid credits.
     """
 
     gateway: Gateway
@@ -94,6 +95,9 @@ def _config(base_url: str) -> dict[str, Any]:
         "prepaid": {"default": True},
         "daily": {"allowance": daily},
         "frugal": {"allowance": daily, "payg": "false"},
+        "hourly": {"allowance": [{**daily, "per_window": str(DAILY * 8 / 5)}, {**daily, "refresh": "1h"}]},
+        "tight": {"allowance": [{**daily, "per_window": str(DAILY * 11 / 10)}, {**daily, "refresh": "1h"}]},
+        "closed": {"allowance": {**daily, "per_window": "0"}, "payg": "false"},
     }
     config = gateway_config(base_url, [*BEHAVIOURS, HASTY, REFUSED], plans=plans)
     config["upstreams"] = {
@@ -321,7 +325,7 @@ async def test_without_credits_a_request_is_refused_for_good(bench: Bench, strea
     metadata = answer.error["metadata"]
     assert Decimal(metadata["required"]) == hold_of(body_of(stream=stream), 16)
     assert (metadata["limit"], metadata["available"], metadata["held"]) == ("credits", "0", "0")
-    assert metadata["resets_at"] is None
+    assert metadata["resets_at"] is None and metadata["window"] is None
     assert answer.headers["x-credits-balance"] == "0"
     assert len(bench.upstream.requests) == seen
 
@@ -400,6 +404,65 @@ async def test_a_spent_allowance_says_when_it_refreshes(bench: Bench, account: s
     async with standing_at(bench, MIDNIGHT - timedelta(seconds=60.001)):
         answer = await bench.send(body_of(), key=key)
         check(answer, Expected(429, SPENT, "insufficient_quota", headers={"Retry-After": "61", **NEVER}))
+
+
+async def test_of_several_windows_the_spent_one_is_named(bench: Bench) -> None:
+    key = new_account(bench.gateway, "hourly", "hourly")
+    for hour, window, resets_at in ((15, "1h", "2026-11-23T16:00:00Z"), (16, "24h", "2026-11-24T00:00:00Z")):
+        async with standing_at(bench, NOON.replace(hour=hour, minute=1)):
+            assert (await bench.send(body_of("absurd-usage"), key=key)).status == 200
+            answer = await bench.send(body_of(), key=key)
+            assert (answer.status, answer.error["type"]) == (429, SPENT)
+            assert f"The {window} allowance of plan 'hourly' is spent until {resets_at}." in answer.error["message"]
+            assert (answer.error["metadata"]["window"], answer.error["metadata"]["resets_at"]) == (window, resets_at)
+
+    async with standing_at(bench, MIDNIGHT - timedelta(seconds=30)):
+        answer = await bench.send(body_of(), key=key)
+        assert answer.error["code"] == "rate_limit_exceeded"
+        assert answer.error["message"] == "The 24h allowance of plan 'hourly' is spent; it refreshes in 30 s."
+        assert answer.error["metadata"]["window"] == "24h"
+
+
+async def test_a_request_is_told_to_wait_for_the_refresh_that_brings_enough(bench: Bench) -> None:
+    key = new_account(bench.gateway, "tight", "tight")
+    async with standing_at(bench, NOON.replace(hour=15, minute=1)):
+        assert (await bench.send(body_of("absurd-usage"), key=key)).status == 200
+        # The hour's window has nothing left and the day's a tenth: with the next hour's, that tenth is still too little.
+        answer = await bench.send(body_of(), key=key)
+    assert (answer.status, answer.error["type"]) == (429, SPENT)
+    metadata = answer.error["metadata"]
+    assert (metadata["window"], metadata["resets_at"]) == ("24h", "2026-11-24T00:00:00Z")
+    assert answer.headers["Retry-After"] == str(8 * 3600 + 59 * 60)
+
+
+async def test_a_plan_without_prepaid_credits_does_not_ask_for_them(bench: Bench) -> None:
+    key = new_account(bench.gateway, "thrifty", "frugal", grant=Decimal(1))
+    large = body_of(messages=[{"role": "user", "content": "x" * 2000}])
+    assert hold_of(large, 16) > DAILY
+    closed = new_account(bench.gateway, "outsider", "closed", grant=Decimal(1))
+    reason = (
+        "Plan 'frugal' does not use prepaid credits, and also after its 24h allowance refreshes at "
+        "2026-11-24T00:00:00Z it has too little for this request."
+    )
+    async with standing_at(bench, NOON + timedelta(minutes=1)):
+        answer = await bench.send(large, key=key)
+        check(answer, TOO_DEAR)
+        # The first half is what clients read the number out of.
+        assert answer.error["message"] == (
+            "This request requires more credits, or fewer max_tokens. "
+            f"You requested up to {MAX_TOKENS} tokens, but can only afford 0. {reason}"
+        )
+        answer = await bench.send(body_of(), key=closed)
+        check(answer, NO_CREDITS)
+        assert answer.error["message"] == f"The 24h allowance is spent. {reason.replace('frugal', 'closed')}"
+        assert answer.error["metadata"]["window"] == "24h"
+        assert (await bench.send(body_of("absurd-usage"), key=key)).status == 200
+        # A request that the next window can pay for is told to wait for it.
+        answer = await bench.send(body_of(), key=key)
+        assert answer.error["type"] == SPENT
+        assert answer.error["message"] == (
+            "The 24h allowance of plan 'frugal' is spent until 2026-11-24T00:00:00Z. Access pauses until then."
+        )
 
 
 @pytest.mark.parametrize(("before_ms", "retry_s"), [(60_000, 60), (29_500, 30), (1, 1)])
