@@ -18,6 +18,7 @@ from gateway.domain.money import format_credits
 from gateway.domain.plan import Plan
 from gateway.domain.price import FEMTO_PER_NANO
 from gateway.domain.request import Bound, InvalidRequest, affordable_output, least_output
+from gateway.upstream.client import UpstreamTimeout
 
 _NO_RETRY = {"x-should-retry": "false"}
 # Said where a part of the request's body may still be on its way: the connection cannot be used again.
@@ -175,6 +176,11 @@ def upstream_unavailable() -> Failure:
         "The model's server could not be reached, or its answer was of no use; nothing was charged. Please try again.",
         headers={"Retry-After": "1"},
     )
+
+
+def upstream_failed(error: Exception) -> Failure:
+    """Why an upstream's answer did not come, or broke off. Nothing is charged."""
+    return upstream_timeout() if isinstance(error, UpstreamTimeout) else upstream_unavailable()
 
 
 def upstream_timeout() -> Failure:

@@ -16,23 +16,23 @@ import orjson
 from aiohttp import web
 
 from gateway.config.model import GatewayConfig
-from gateway.credits.errors import EngineError, StoreError, UnknownPlan
+from gateway.credits.errors import StoreError, UnknownPlan
 from gateway.credits.service import LEASE_MS, CreditEngine, Identity, Refused, RepeatKey, Reservation
 from gateway.domain.decision import Denied, Repeated
 from gateway.domain.forecast import OutputForecast
-from gateway.domain.model import Model
-from gateway.domain.price import FEMTO_PER_NANO, Tokens
+from gateway.domain.price import FEMTO_PER_NANO
 from gateway.domain.request import InvalidRequest, Operation, affordable_output
 from gateway.http import errors
 from gateway.http.errors import Failure, funds_headers
-from gateway.http.exchange import Exchange, cost_fields, credit_headers
-from gateway.http.holding import CreditsEnded, StreamHold, holding_of, note_of, payable_nano
+from gateway.http.exchange import Exchange, credit_headers
+from gateway.http.holding import holding_of, payable_nano
 from gateway.http.models import ModelsList
 from gateway.http.quote import METERED, PATHS, Quote, forwarded_body, read_body, read_quote, repeat_key
+from gateway.http.relay import StreamRelay, write
 from gateway.http.reports import Reports
+from gateway.http.settling import Settling
 from gateway.telemetry.metrics import STORE_UNAVAILABLE, Metrics
-from gateway.upstream.client import DeadlinePassed, UpstreamAnswer, UpstreamClient, UpstreamError, UpstreamTimeout
-from gateway.upstream.sse import BrokenStream, EventStream, Overrun
+from gateway.upstream.client import UpstreamAnswer, UpstreamClient, UpstreamError
 from gateway.upstream.usage import read_answer
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,6 @@ _PREFIXES = ("/v1", "/api/v1")
 
 _MOST_ERROR_BYTES = 2**20
 _MOST_RETRY_S = 60
-_CLIENT_STALL_S = 60.0
 
 
 class Proxy:
@@ -55,6 +54,8 @@ class Proxy:
         self._reports = Reports(metrics)
         self._models = ModelsList(config.models, config.upstreams, client)
         self._forecast = OutputForecast()
+        self._settling = Settling(engine, self._reports)
+        self._relay = StreamRelay(engine, self._settling, self._reports, self._forecast)
         self._active: set[asyncio.Task[object]] = set()
 
     def use(self, config: GatewayConfig) -> None:
@@ -119,7 +120,7 @@ class Proxy:
             log.error("%s failed while streaming", exchange.id, exc_info=error)
             exchange.reason = "internal_error"
             with suppress(ConnectionResetError):
-                await _write(response, errors.internal_error().event(exchange.id))
+                await write(response, errors.internal_error().event(exchange.id))
         if request.transport is not None:
             request.transport.close()
         return response
@@ -246,11 +247,11 @@ class Proxy:
                 if answer.status != 200:
                     return await self._pass_error(exchange, answer)
                 if quote.ask.stream and answer.content_type == "text/event-stream":
-                    return await self._stream(exchange, request, quote, answer)
+                    return await self._relay.relay(exchange, request, quote, answer)
                 return await self._whole(exchange, quote, answer)
         except UpstreamError as error:
             log.warning("%s: upstream %s: %s", exchange.id, upstream.name, error)
-            return self._reports.fail(exchange, _upstream_failure(error))
+            return self._reports.fail(exchange, errors.upstream_failed(error))
         finally:
             self._metrics.upstream_ended(upstream.name)
 
@@ -272,147 +273,9 @@ class Proxy:
             log.warning("%s: the upstream's answer is not a JSON object", exchange.id)
             return self._reports.fail(exchange, errors.upstream_unavailable())
         self._reports.watch_overrun(exchange, quote, read.usage)
-        await self._settle(exchange, quote.model, read.tokens(quote.ask, quote.bound))
+        await self._settling.charge(exchange, quote.model, read.tokens(quote.ask, quote.bound))
         headers = credit_headers(exchange)
-        return web.Response(body=body, headers={**headers, "Content-Type": _content_type(answer)})
-
-    async def _stream(
-        self, exchange: Exchange, request: web.BaseRequest, quote: Quote, answer: UpstreamAnswer
-    ) -> web.StreamResponse:
-        upstream = exchange.config.upstreams[quote.model.upstream]
-        events = EventStream(quote.ask, quote.bound, upstream.count_output)
-        response = exchange.response = web.StreamResponse(
-            headers={
-                **credit_headers(exchange),
-                "Content-Type": _content_type(answer),
-                "Cache-Control": "no-cache",
-                "X-Accel-Buffering": "no",
-            }
-        )
-        try:
-            failure = await self._relay(exchange, request, quote, events, answer)
-            self._reports.watch_overrun(exchange, quote, events.usage)
-            if failure is None and events.failed and not events.error_shown:
-                failure = errors.upstream_unavailable()
-            if failure is not None:
-                return await self._break_off(exchange, response, failure)
-            if not events.failed and not exchange.ended:
-                self._learn(quote, events)
-                await self._settle(exchange, quote.model, events.tokens(complete=True))
-            if not response.prepared:
-                await response.prepare(request)
-            await _write(response, events.closing(cost_fields(exchange.settlement)), last=True)
-        except (asyncio.CancelledError, ConnectionResetError):
-            # The client hung up: leaving the block stops the upstream; what was sent is paid for.
-            if not exchange.ended and events.has_output and not events.failed:
-                await self._settle(exchange, quote.model, events.tokens(complete=False))
-            raise
-        return response
-
-    async def _relay(
-        self, exchange: Exchange, request: web.BaseRequest, quote: Quote, events: EventStream, answer: UpstreamAnswer
-    ) -> Failure | None:
-        """Pass events on until the stream's end; why it broke, or None if it came to its end."""
-        hold = StreamHold(self._engine, exchange, quote, events)
-        try:
-            await self._flow(exchange, request, events, hold, answer)
-        except (DeadlinePassed, TimeoutError, Overrun) as error:
-            log.warning("%s: the stream was cut: %s", exchange.id, error or "it took longer than total_timeout")
-            # No failure of the upstream's, which bills what it made: so is the client billed for what it got.
-            await self._settle(exchange, quote.model, events.tokens(complete=False))
-            return errors.deadline_passed(charged=events.has_output)
-        except (UpstreamError, BrokenStream) as error:
-            log.warning("%s: the upstream's stream broke: %s", exchange.id, error)
-            return _upstream_failure(error)
-        except CreditsEnded:
-            self._learn(quote, events)
-            await self._stop(exchange, quote, events, answer)
-            self._reports.truncated(exchange)
-            assert exchange.reservation is not None
-            events.cut_short(errors.quota_ended(exchange.reservation.reserved.funds))
-            return None
-        except StoreError as error:
-            log.warning("%s: the stream was cut: its hold cannot be extended: %s", exchange.id, error)
-            await self._stop(exchange, quote, events, answer)
-            return errors.store_lost(charged=events.has_output)
-        finally:
-            hold.close()
-        if events.done or events.failed:
-            return None
-        log.warning("%s: the upstream's stream ended without [DONE]", exchange.id)
-        return errors.upstream_unavailable()
-
-    def _learn(self, quote: Quote, events: EventStream) -> None:
-        self._forecast.add(quote.model.name, -(-events.counted // quote.bound.answers))
-
-    async def _flow(
-        self,
-        exchange: Exchange,
-        request: web.BaseRequest,
-        events: EventStream,
-        hold: StreamHold,
-        answer: UpstreamAnswer,
-    ) -> None:
-        """Hand the client what comes, as far as it is held for. Raises what ends a stream before its end."""
-        # The upstream's own limit does not run while the client is slow to read; this one does.
-        async with asyncio.timeout(_total_s(exchange)):
-            async for chunk in answer.chunks():
-                await self._hand_out(exchange, request, events.feed(chunk, hold.covered))
-                hold.follow()
-                if events.waiting:
-                    await self._await_cover(exchange, request, events, hold)
-                if events.done:
-                    return
-            await self._hand_out(exchange, request, events.end(hold.covered))
-            await self._await_cover(exchange, request, events, hold)
-
-    async def _await_cover(
-        self, exchange: Exchange, request: web.BaseRequest, events: EventStream, hold: StreamHold
-    ) -> None:
-        while events.waiting:
-            await hold.more()
-            await self._hand_out(exchange, request, events.release(hold.covered))
-
-    async def _stop(self, exchange: Exchange, quote: Quote, events: EventStream, answer: UpstreamAnswer) -> None:
-        """Stop the upstream, and charge what the client was handed."""
-        answer.abandon()
-        await self._settle(exchange, quote.model, events.tokens(complete=False))
-
-    async def _hand_out(self, exchange: Exchange, request: web.BaseRequest, block: bytes) -> None:
-        response = exchange.response
-        if not block or response is None:
-            return
-        if not response.prepared:
-            exchange.first_byte = time.perf_counter()
-            await response.prepare(request)
-        await _write(response, block)
-
-    async def _break_off(
-        self, exchange: Exchange, response: web.StreamResponse, failure: Failure
-    ) -> web.StreamResponse:
-        if not response.prepared:
-            return self._reports.fail(exchange, failure)
-        # The SDKs take a clean end without [DONE] for success: the stream must end in an error that they see.
-        exchange.reason = failure.code
-        await _write(response, failure.event(exchange.id), last=True)
-        return response
-
-    # --- settle -------------------------------------------------------------------------------------------------
-
-    async def _settle(self, exchange: Exchange, model: Model, tokens: Tokens) -> None:
-        started = time.perf_counter()
-        assert exchange.reservation is not None
-        exchange.ended = True
-        exchange.tokens = tokens
-        note = note_of(exchange, model, tokens)
-        try:
-            exchange.settlement = await self._engine.settle(exchange.reservation, model.prices.femto(tokens), note)
-        except StoreError as error:
-            # The engine goes on trying; the client has its answer and shall not lose it.
-            log.warning("%s: the settlement is put off: %s", exchange.id, error)
-        except EngineError as error:
-            log.error("%s: the settlement is impossible: %s", exchange.id, error)
-        self._reports.spent(exchange, "settle", started)
+        return web.Response(body=body, headers={**headers, "Content-Type": answer.content_type_header})
 
     # --- models -------------------------------------------------------------------------------------------------
 
@@ -434,29 +297,9 @@ def _secret_of(headers: Mapping[str, str]) -> str | None:
     return headers.get("x-api-key") or headers.get("token") or None
 
 
-async def _write(response: web.StreamResponse, block: bytes, *, last: bool = False) -> None:
-    """Write, but do not wait for ever for a client that does not read: it counts as gone."""
-    try:
-        async with asyncio.timeout(_CLIENT_STALL_S):
-            await response.write(block)
-            if last:
-                await response.write_eof()
-    except TimeoutError:
-        raise ConnectionResetError("the client does not read") from None
-
-
 def _repeat_of(request: web.BaseRequest, quote: Quote, identity: Identity) -> RepeatKey | Failure | None:
     key = request.headers.get("Idempotency-Key")
     return None if key is None else repeat_key(quote, identity.account, key)
-
-
-def _total_s(exchange: Exchange) -> float:
-    model = exchange.config.models[exchange.model_name]
-    return exchange.config.upstreams[model.upstream].total_timeout_ms / 1000
-
-
-def _upstream_failure(error: Exception) -> Failure:
-    return errors.upstream_timeout() if isinstance(error, UpstreamTimeout) else errors.upstream_unavailable()
 
 
 def _error_of(body: bytes) -> dict[str, object]:
@@ -473,7 +316,3 @@ def _retry_header(answer: UpstreamAnswer) -> dict[str, str]:
     """The upstream's Retry-After, cut to a minute: some SDKs sleep however long it says."""
     text = answer.headers.get("Retry-After", "")
     return {"Retry-After": str(min(int(text), _MOST_RETRY_S))} if text.isascii() and text.isdigit() else {}
-
-
-def _content_type(answer: UpstreamAnswer) -> str:
-    return answer.headers.get("Content-Type", "application/json")

@@ -48,6 +48,11 @@ class UpstreamAnswer:
         self.content_type = response.content_type
         self.headers = response.headers
 
+    @property
+    def content_type_header(self) -> str:
+        """Its Content-Type as it came, or that of JSON."""
+        return self.headers.get("Content-Type", "application/json")
+
     def abandon(self) -> None:
         """Close the connection, which tells the upstream to stop; nothing more can be read."""
         self._response.close()

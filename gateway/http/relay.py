@@ -1,0 +1,187 @@
+"""A streamed answer on its way from the upstream to the client, charged once whichever way it ends."""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from gateway.credits.errors import StoreError
+from gateway.credits.service import CreditEngine
+from gateway.domain.forecast import OutputForecast
+from gateway.http import errors
+from gateway.http.errors import Failure
+from gateway.http.exchange import Exchange, cost_fields, credit_headers
+from gateway.http.holding import CreditsEnded, StreamHold
+from gateway.http.quote import Quote
+from gateway.http.reports import Reports
+from gateway.http.settling import Settling
+from gateway.upstream.client import DeadlinePassed, UpstreamAnswer, UpstreamError
+from gateway.upstream.sse import BrokenStream, EventStream, Overrun
+
+log = logging.getLogger(__name__)
+
+_CLIENT_STALL_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """One stream, between its two ends."""
+
+    exchange: Exchange
+    request: web.BaseRequest
+    quote: Quote
+    answer: UpstreamAnswer
+    events: EventStream
+    response: web.StreamResponse
+
+
+class StreamRelay:
+    """Relays streams, as far as their credits go."""
+
+    def __init__(self, engine: CreditEngine, settling: Settling, reports: Reports, forecast: OutputForecast) -> None:
+        self._engine = engine
+        self._settling = settling
+        self._reports = reports
+        self._forecast = forecast
+
+    async def relay(
+        self, exchange: Exchange, request: web.BaseRequest, quote: Quote, answer: UpstreamAnswer
+    ) -> web.StreamResponse:
+        """Hand the client what the upstream streams, and charge it. quote: as it was forwarded.
+
+        Raises ConnectionResetError where the client has hung up. A reservation that has not ended then is to be voided.
+        """
+        upstream = exchange.config.upstreams[quote.model.upstream]
+        events = EventStream(quote.ask, quote.bound, upstream.count_output)
+        response = exchange.response = web.StreamResponse(
+            headers={
+                **credit_headers(exchange),
+                "Content-Type": answer.content_type_header,
+                "Cache-Control": "no-cache",
+                "X-Accel-Buffering": "no",
+            }
+        )
+        stream = _Stream(exchange, request, quote, answer, events, response)
+        try:
+            return await self._run(stream)
+        except (asyncio.CancelledError, ConnectionResetError):
+            # The client hung up: leaving the block stops the upstream; what was sent is paid for.
+            if not exchange.ended and events.has_output and not events.failed:
+                await self._charge_as_seen(stream)
+            raise
+
+    async def _run(self, stream: _Stream) -> web.StreamResponse:
+        exchange, events = stream.exchange, stream.events
+        failure = await self._pass_on(stream)
+        self._reports.watch_overrun(exchange, stream.quote, events.usage)
+        if failure is None and events.failed and not events.error_shown:
+            failure = errors.upstream_unavailable()
+        if failure is not None:
+            return await self._break_off(stream, failure)
+        if not events.failed and not exchange.ended:
+            self._learn(stream)
+            await self._settling.charge(exchange, stream.quote.model, events.tokens(complete=True))
+        if not stream.response.prepared:
+            await stream.response.prepare(stream.request)
+        await write(stream.response, events.closing(cost_fields(exchange.settlement)), last=True)
+        return stream.response
+
+    async def _pass_on(self, stream: _Stream) -> Failure | None:
+        """Pass events on until the stream's end; why it broke, or None if it came to its end."""
+        exchange, events = stream.exchange, stream.events
+        hold = StreamHold(self._engine, exchange, stream.quote, events)
+        try:
+            await self._flow(stream, hold)
+        except (DeadlinePassed, TimeoutError, Overrun) as error:
+            log.warning("%s: the stream was cut: %s", exchange.id, error or "it took longer than total_timeout")
+            # No failure of the upstream's, which bills what it made: so is the client billed for what it got.
+            await self._charge_as_seen(stream)
+            return errors.deadline_passed(charged=events.has_output)
+        except (UpstreamError, BrokenStream) as error:
+            log.warning("%s: the upstream's stream broke: %s", exchange.id, error)
+            return errors.upstream_failed(error)
+        except CreditsEnded:
+            self._learn(stream)
+            await self._stop(stream)
+            self._reports.truncated(exchange)
+            assert exchange.reservation is not None
+            events.cut_short(errors.quota_ended(exchange.reservation.reserved.funds))
+            return None
+        except StoreError as error:
+            log.warning("%s: the stream was cut: its hold cannot be extended: %s", exchange.id, error)
+            await self._stop(stream)
+            return errors.store_lost(charged=events.has_output)
+        finally:
+            hold.close()
+        if events.done or events.failed:
+            return None
+        log.warning("%s: the upstream's stream ended without [DONE]", exchange.id)
+        return errors.upstream_unavailable()
+
+    def _learn(self, stream: _Stream) -> None:
+        answers = stream.quote.bound.answers
+        self._forecast.add(stream.quote.model.name, -(-stream.events.counted // answers))
+
+    async def _flow(self, stream: _Stream, hold: StreamHold) -> None:
+        """Hand the client what comes, as far as it is held for. Raises what ends a stream before its end."""
+        events = stream.events
+        # The upstream's own limit does not run while the client is slow to read; this one does.
+        async with asyncio.timeout(_total_s(stream)):
+            async for chunk in stream.answer.chunks():
+                await self._hand_out(stream, events.feed(chunk, hold.covered))
+                hold.follow()
+                if events.waiting:
+                    await self._await_cover(stream, hold)
+                if events.done:
+                    return
+            await self._hand_out(stream, events.end(hold.covered))
+            await self._await_cover(stream, hold)
+
+    async def _await_cover(self, stream: _Stream, hold: StreamHold) -> None:
+        while stream.events.waiting:
+            await hold.more()
+            await self._hand_out(stream, stream.events.release(hold.covered))
+
+    async def _hand_out(self, stream: _Stream, block: bytes) -> None:
+        if not block:
+            return
+        if not stream.response.prepared:
+            stream.exchange.first_byte = time.perf_counter()
+            await stream.response.prepare(stream.request)
+        await write(stream.response, block)
+
+    async def _stop(self, stream: _Stream) -> None:
+        """Stop the upstream, and charge what the client was handed."""
+        stream.answer.abandon()
+        await self._charge_as_seen(stream)
+
+    async def _charge_as_seen(self, stream: _Stream) -> None:
+        await self._settling.charge(stream.exchange, stream.quote.model, stream.events.tokens(complete=False))
+
+    async def _break_off(self, stream: _Stream, failure: Failure) -> web.StreamResponse:
+        exchange = stream.exchange
+        if not stream.response.prepared:
+            return self._reports.fail(exchange, failure)
+        # The SDKs take a clean end without [DONE] for success: the stream must end in an error that they see.
+        exchange.reason = failure.code
+        await write(stream.response, failure.event(exchange.id), last=True)
+        return stream.response
+
+
+def _total_s(stream: _Stream) -> float:
+    return stream.exchange.config.upstreams[stream.quote.model.upstream].total_timeout_ms / 1000
+
+
+async def write(response: web.StreamResponse, block: bytes, *, last: bool = False) -> None:
+    """Write, but do not wait for ever for a client that does not read: it counts as gone.
+
+    Raises ConnectionResetError."""
+    try:
+        async with asyncio.timeout(_CLIENT_STALL_S):
+            await response.write(block)
+            if last:
+                await response.write_eof()
+    except TimeoutError:
+        raise ConnectionResetError("the client does not read") from None

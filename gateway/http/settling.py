@@ -1,0 +1,38 @@
+"""Charges a request for what its answer came to."""
+
+import logging
+import time
+
+from gateway.credits.errors import EngineError, StoreError
+from gateway.credits.service import CreditEngine
+from gateway.domain.model import Model
+from gateway.domain.price import Tokens
+from gateway.http.exchange import Exchange
+from gateway.http.holding import note_of
+from gateway.http.reports import Reports
+
+log = logging.getLogger(__name__)
+
+
+class Settling:
+    """The one place where a request is charged."""
+
+    def __init__(self, engine: CreditEngine, reports: Reports) -> None:
+        self._engine = engine
+        self._reports = reports
+
+    async def charge(self, exchange: Exchange, model: Model, tokens: Tokens) -> None:
+        """Settle the exchange's reservation, which has ended then whatever the store says. Raises only what cancels."""
+        started = time.perf_counter()
+        assert exchange.reservation is not None
+        exchange.ended = True
+        exchange.tokens = tokens
+        note = note_of(exchange, model, tokens)
+        try:
+            exchange.settlement = await self._engine.settle(exchange.reservation, model.prices.femto(tokens), note)
+        except StoreError as error:
+            # The engine goes on trying; the client has its answer and shall not lose it.
+            log.warning("%s: the settlement is put off: %s", exchange.id, error)
+        except EngineError as error:
+            log.error("%s: the settlement is impossible: %s", exchange.id, error)
+        self._reports.spent(exchange, "settle", started)
