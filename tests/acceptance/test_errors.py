@@ -45,7 +45,7 @@ class Bench:
     """A gateway whose clock the tests move, before a hostile upstream.
 
     The account ``default`` has 1 credit, ``poor`` nothing; both have no allowance. ``daily`` has DAILY a day. The plans
-    "hourly" and "tight" grant DAILY an hour, and less than twice that a day; "frugal" is "daily" without prepaid credits.
+    "hourly" and "tight" grant DAILY an hour, less than twice that a day; "frugal" is "daily" without prepaid credits.
     """
 
     gateway: Gateway
@@ -427,7 +427,7 @@ async def test_a_request_is_told_to_wait_for_the_refresh_that_brings_enough(benc
     key = new_account(bench.gateway, "tight", "tight")
     async with standing_at(bench, NOON.replace(hour=15, minute=1)):
         assert (await bench.send(body_of("absurd-usage"), key=key)).status == 200
-        # The hour's window has nothing left and the day's a tenth: with the next hour's, that tenth is still too little.
+        # The hour's window has nothing left and the day's a tenth, which is too little for any hour to come.
         answer = await bench.send(body_of(), key=key)
     assert (answer.status, answer.error["type"]) == (429, SPENT)
     metadata = answer.error["metadata"]
