@@ -169,14 +169,14 @@ GATEWAY_VERBS: Mapping[str, Callable[[Namespace], int]] = {
 # --- verbs of the operator --------------------------------------------------------------------------------------
 
 
-def _operator_config(args: Namespace, *, plans: bool) -> "OperatorConfig":
-    """What a verb needs of the configuration; plans: whether that includes those. Says so where there are mistakes
-    elsewhere. Raises ConfigError."""
+def _operator_config(args: Namespace, *, plans: bool = False, archive: bool = False) -> "OperatorConfig":
+    """What a verb needs of the configuration; plans, archive: whether that includes those. Says so where there are
+    mistakes that it can do without. Raises ConfigError."""
     from gateway.config.load import load_for_operator  # noqa: PLC0415
 
     config = load_for_operator(args.config)
     if config.problems:
-        if plans and config.plans is None:
+        if plans or (archive and config.archive is None):
             raise ConfigError(config.problems)
         print(
             f"quota-gateway: the configuration has {_mistakes(config.problems)}, see `quota-gateway check-config`; "
@@ -191,6 +191,11 @@ def _operate(args: Namespace) -> int:
     from gateway.verbs import MAKE_STORES, NEED_PLANS, VERBS  # noqa: PLC0415
 
     config = _operator_config(args, plans=args.verb in NEED_PLANS)
+    wanted = getattr(args, "plan", None)
+    if args.verb in MAKE_STORES and wanted is not None and wanted not in (config.plans or ()):
+        raise CommandError(
+            f"{UnknownPlan(wanted)}, which has {', '.join(config.plans or ())}"
+        )  # before there is a store
     # Read before a store is started for nothing.
     args.secret = _read_secret(args.secret_file) if getattr(args, "secret_file", None) is not None else None
 
@@ -210,7 +215,7 @@ def _ledger(args: Namespace) -> int:
     """Run a verb that reads the ledger; it prints as it goes."""
     from gateway.verbs import LEDGER_VERBS  # noqa: PLC0415
 
-    config = _operator_config(args, plans=False)
+    config = _operator_config(args, archive=True)
     path: Path | None = getattr(args, "output", None)
 
     async def run(output: TextIO) -> bool:
@@ -221,11 +226,17 @@ def _ledger(args: Namespace) -> int:
 
     if path is None:
         return 0 if asyncio.run(run(sys.stdout)) else 1
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with path.open("w", encoding="utf-8", newline="") as file:  # csv has line ends of its own
-            return 0 if asyncio.run(run(file)) else 1
+        # What was there before stays until all is written.
+        with unfinished.open("x", encoding="utf-8", newline="") as file:  # csv has line ends of its own
+            ended_well = asyncio.run(run(file))
+        unfinished.replace(path)
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return 0 if ended_well else 1
 
 
 def _print(answer: "Answer", args: Namespace) -> int:

@@ -45,7 +45,10 @@ async def operator_session(config: OperatorConfig, *, create: bool) -> AsyncIter
 
 @asynccontextmanager
 async def audit_session(config: OperatorConfig) -> AsyncIterator[Auditor]:
-    """The ledger's readers, on store and archive. Raises NoStore, EmbeddedStoreError, StoreError and ArchiveError."""
+    """The ledger's readers, on store and archive, which must be known.
+
+    Raises NoStore, EmbeddedStoreError, StoreError and ArchiveError."""
+    assert config.archive is not None
     async with (
         borrowed_store(config.store) as store,
         auditing(store, config.archive.url, config.store.data_dir) as auditor,

@@ -26,12 +26,14 @@ async def reserve(
     minimum: int | None = None,
     lease_ms: int = LEASE_MS,
     repeat: RepeatKey | None = None,
+    *,
+    grows: bool = False,
 ) -> Reservation | Denied | Refused | Repeated:
     """Ask for nano-credits, all or (with minimum) part of them, under a new request id."""
     least = nano if minimum is None else minimum
     request = f"{next(_requests):024x}"
     return await engine.reserve(
-        identity, request, "model", nano * FEMTO_PER_NANO, least * FEMTO_PER_NANO, lease_ms, repeat=repeat
+        identity, request, "model", nano * FEMTO_PER_NANO, least * FEMTO_PER_NANO, lease_ms, repeat=repeat, grows=grows
     )
 
 

@@ -233,9 +233,10 @@ class EngineModel:
             by_allowance = min(amount.payg_nano, _at_list_price(free, plan.rate_ppm))
             from_allowance, from_balance = free, min(balance, amount.payg_nano - by_allowance)
             covered = by_allowance + from_balance
-        in_flight = self._in_flight(rolled)
+        in_flight = self._in_flight(rolled, plan)
+        least = min(minimum_nano if in_flight else alone_nano, amount.payg_nano)
         left = free - from_allowance + balance - from_balance
-        if covered < (minimum_nano if in_flight else alone_nano) or (grows and left < in_flight // 8):
+        if covered < least or (grows and left < min(in_flight // 8, 8 * amount.payg_nano)):
             return NotReserved("denied", plan.name, self._funds(rolled, plan))
 
         self._commit(rolled, entries)
@@ -249,13 +250,13 @@ class EngineModel:
             self.requests[name, repeat.key_hash] = Remembered(repeat.body_hash, reservation, due_ms)
         return Reserved(reservation, covered, from_allowance, from_balance, self._funds(rolled, plan))
 
-    def _in_flight(self, account: Account) -> int:
-        """What open reservations may give back to the windows of now, by the window that they hold most of."""
+    def _in_flight(self, account: Account, plan: Plan) -> int:
+        """What open reservations hold of what the plan uses now, by the window that they hold most of."""
         parts = self._open_parts(account)
         in_windows = (
             sum(part.amount for part in parts if how_held(win, part) in {"held", "adopted"}) for win in account.windows
         )
-        return max(in_windows, default=0) + self.balance_held(account)
+        return max(in_windows, default=0) + (self.balance_held(account) if plan.payg else 0)
 
     def _reserve_again(
         self, account: Account, reservation: str, earlier: Hold, plan: Plan, asked: tuple[Cost, int, int, str, bool]

@@ -29,9 +29,6 @@ from gateway.domain.price import TokenPrices
 
 __all__ = ["ConfigError", "OperatorConfig", "Problem", "load", "load_for_operator", "shipped_dir"]
 
-#: Mistakes in these cannot make an operator's verb work on another store. An unknown key might be a misspelt ``store``.
-_APART_FROM_THE_STORE = MainFile.model_fields.keys() - {"store", "archive"}
-
 
 def shipped_dir() -> Path:
     """The directory of the configuration that ships: inside an installed package, or the checkout's ``config``."""
@@ -55,33 +52,40 @@ def load(path: Path | None = None, environ: Mapping[str, str] | None = None) -> 
 class OperatorConfig:
     """What an operator's verbs need of the configuration, whatever is wrong with the rest of it.
 
-    plans: None where there are mistakes in them; default_plan is empty then. problems: every mistake.
+    problems: every mistake. Beside any, plans is None (a running gateway goes on with those that it had) and
+    default_plan empty; archive is None if the file does not say where that is.
     """
 
     store: StoreConfig
-    archive: ArchiveConfig
+    archive: ArchiveConfig | None
     plans: Mapping[str, Plan] | None
     default_plan: str
     problems: tuple[Problem, ...]
 
 
 def load_for_operator(path: Path | None = None, environ: Mapping[str, str] | None = None) -> OperatorConfig:
-    """The same for a verb that only has to find the store and its archive. Raises ConfigError with every mistake where
-    one of them is about those, or may be."""
+    """The same for a verb that has to find the store, and may not need the rest.
+
+    Raises ConfigError with every mistake where one of them is about the store or its archive, and where the file does
+    not say itself where the store is: it may say so in the wrong place.
+    """
     reading = _Reading(os.environ if environ is None else environ)
     parts = _read(path, reading)
     error = ConfigError(reading.problems, reading.files)
-    if parts is None or not parts.document.sections <= _APART_FROM_THE_STORE:
+    if parts is None or ("store" not in parts.document.tree and error.problems):
+        raise error
+    if not parts.document.sections.isdisjoint({"", "store", "archive"}):
         raise error
     main, context = parts.document, Context(None, None)
     store = validate(Section(main, main.tree.get("store", {}), ("store",)), RawStore, context)
     archive = validate(Section(main, main.tree.get("archive", {}), ("archive",)), RawArchive, context)
     assert store is not None and archive is not None, "what is wrong with them was reported above"
+    sound = not error.problems and parts.plans is not None
     return OperatorConfig(
         store=_store(store),
-        archive=ArchiveConfig(archive.url),
-        plans=None if parts.plans is None else _plans(parts.plans),
-        default_plan="" if parts.plans is None else _default_plan(parts.plans),
+        archive=ArchiveConfig(archive.url) if sound or "archive" in main.tree else None,
+        plans=_plans(parts.plans) if sound and parts.plans else None,
+        default_plan=_default_plan(parts.plans) if sound and parts.plans else "",
         problems=error.problems,
     )
 

@@ -113,12 +113,13 @@ def connect(database: Database, *, create: bool) -> Connection | None:
     if connection is None:
         return None
     try:
+        # One that is only looked for may turn out to be somebody else's, who must find it as it was.
+        if not create and not database.has_tables(connection):
+            connection.close()
+            return None
         database.prepare(connection)
         if create:
             _make_tables(database, connection)
-        elif not database.has_tables(connection):
-            connection.close()
-            return None
     except BaseException:
         connection.close()
         raise

@@ -335,7 +335,7 @@ def denied(denial: Denied, plan: Plan, bound: Bound, model: Model) -> Failure:
                 429,
                 "rate_limit_error",
                 "credits_in_flight",
-                "All credits are held by requests in flight; try again when one has ended.",
+                "All credits are held by requests in flight, or kept for them; try again when one has ended.",
                 headers=_retry_after(_BUSY_RETRY_S * 1000),
                 metadata=metadata,
             )
@@ -371,7 +371,7 @@ def denied(denial: Denied, plan: Plan, bound: Bound, model: Model) -> Failure:
                 "This request requires more credits, or fewer max_tokens. You requested up to "
                 f"{bound.output_tokens_each} tokens, but can only afford {affordable}"
                 + (f" (answers of fewer than {least_output(bound)} are not begun)." if affordable else ".")
-                + ("" if plan.payg else f" {_without_payg(denial.window, plan)}"),
+                + ("" if plan.payg or denial.window is None else f" {_without_payg(denial.window, plan)}"),
                 headers=_NO_RETRY,
                 metadata=metadata,
             )
@@ -381,7 +381,7 @@ def denied(denial: Denied, plan: Plan, bound: Bound, model: Model) -> Failure:
                 "insufficient_quota",
                 "insufficient_quota",
                 "There are no credits left and no refresh will bring enough: add IO Credits or change the plan."
-                if plan.payg
+                if plan.payg or denial.window is None
                 else f"{_allowance(denial.window)} is spent. {_without_payg(denial.window, plan)}",
                 headers=_NO_RETRY,
                 metadata=metadata,

@@ -710,11 +710,13 @@ MISTAKES = {
 
 @pytest.fixture
 def broken(tmp_path: Path) -> Callable[[Mapping[str, Any]], Path]:
-    """Writes a configuration with the usual plans in which these parts are replaced."""
+    """Writes a configuration with the usual plans in which these parts are replaced; None for one that is left out."""
 
     def write(parts: Mapping[str, Any]) -> Path:
         path = tmp_path / "broken.yaml"
-        path.write_text(yaml.safe_dump({**gateway_config("http://127.0.0.1:1/v1", ["m"]), **parts}))
+        places = {"store": {"url": "embedded"}, "archive": {"url": "sqlite"}}
+        config = {**gateway_config("http://127.0.0.1:1/v1", ["m"]), **places, **parts}
+        path.write_text(yaml.safe_dump({name: part for name, part in config.items() if part is not None}))
         return path
 
     return write
@@ -755,13 +757,15 @@ def test_a_key_can_be_revoked_whatever_else_is_wrong(
         assert ended.err.endswith(f"quota-gateway: the configuration has {mistakes} mistakes\n")
 
 
-def test_verbs_that_need_plans_do_with_good_ones(
+def test_plans_that_no_gateway_would_run_by_decide_nothing(
     store_with_alice: Path, broken: Callable[[Mapping[str, Any]], Path], here: Here
 ) -> None:
+    """The plans themselves are sound; but a running gateway keeps its old ones as long as anything is wrong."""
     where = ("--config", str(broken(MISTAKES)), "--data-dir", str(store_with_alice))
-    ended = here.run("credits", "show", "alice", "--json", *where)
-    assert (ended.code, json.loads(ended.out)["plan"]) == (0, "standard")
-    assert "see `quota-gateway check-config`" in ended.err
+    for words in (("accounts", "create", "bob"), ("accounts", "set-plan", "alice", "standard")):
+        ended = here.run(*words, *where)
+        assert (ended.code, ended.out) == (1, "")
+        assert "mistakes" in ended.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -771,8 +775,10 @@ def test_verbs_that_need_plans_do_with_good_ones(
         {"store": {"url": "${NOT_SET_ANYWHERE}"}},
         {"store": {"data_dri": "elsewhere"}},
         {"archive": {"url": "sqlite://relative"}},
-        # It might be the store's: then a verb would go to the default one.
-        {"stoer": {"url": "redis://127.0.0.1:6379"}},
+        # Without a section of its own the store may be meant by what is wrong: a verb would go to the default one.
+        {"store": None, "stoer": {"url": "redis://127.0.0.1:6379"}},
+        {"store": None, "admin": {"store": {"url": "redis://127.0.0.1:6379"}}},
+        {"store": None, "models": {"price_unit": "usd_per_token", "models": {}, "store": {}}},
     ],
     ids=str,
 )
@@ -783,7 +789,33 @@ def test_no_verb_guesses_where_the_store_is(
     for words in (("keys", "list", "alice"), ("ledger", "verify"), ("reservations", "list"), ("accounts", "list")):
         ended = here.run(*words, *where)
         assert (ended.code, ended.out) == (1, "")
-        assert ended.err.endswith("quota-gateway: the configuration has 1 mistake\n")
+        assert "quota-gateway: the configuration has " in ended.err.splitlines()[-1]
+        assert ended.err.splitlines()[-1].endswith(("1 mistake", "2 mistakes"))
+
+
+def test_the_ledger_is_read_only_where_its_archive_is_said_to_be(
+    store_with_alice: Path, broken: Callable[[Mapping[str, Any]], Path], here: Here
+) -> None:
+    misplaced = broken({"archive": None, "admin": {"archive": {"url": "sqlite:////elsewhere"}}})
+    where = ("--config", str(misplaced), "--data-dir", str(store_with_alice))
+    assert here.run("ledger", "verify", *where).code == 1
+    assert here.run("keys", "list", "alice", *where).code == 0
+
+
+def test_a_mistyped_plan_makes_no_store(tmp_path: Path, here: Here) -> None:
+    ended = here.run("accounts", "create", "bob", "--plan", "typo", "--data-dir", str(tmp_path / "new"))
+    assert ended.code == 1
+    assert ended.err.startswith("quota-gateway: plan 'typo' is not in the configuration, which has ")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_export_that_fails_leaves_the_last_one(tmp_path: Path, here: Here) -> None:
+    kept = tmp_path / "ledger.jsonl"
+    kept.write_text("last month's\n")
+    ended = here.run("ledger", "export", "--output", str(kept), "--data-dir", str(tmp_path / "nowhere"))
+    assert ended.code == 1
+    assert kept.read_text() == "last month's\n"
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["ledger.jsonl"]
 
 
 def test_a_store_that_is_written_twice_is_not_guessed_at(store_with_alice: Path, tmp_path: Path, here: Here) -> None:

@@ -70,6 +70,13 @@ FAULTS = (
         "test_gateway_killed.py::test_what_a_killed_gateway_left_in_its_journal_lands_at_its_next_start",
     ),
     Fault(
+        "gateway killed at every await",
+        "gateway killed at any `await` of a request's life",
+        "a broken connection, or its answer",
+        "as above, whichever it is: charged in full or as far as was recorded, and once",
+        "test_every_await.py::test_a_request_is_charged_once_at_whichever_await_its_gateway_dies",
+    ),
+    Fault(
         "store killed",
         "store killed (SIGKILL), `appendfsync everysec`",
         "its answer; 503 `quota_store_unavailable` until it is back. A stream that needs more than it holds waits "

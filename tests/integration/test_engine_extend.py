@@ -9,6 +9,7 @@ from gateway.credits.errors import StoreUnavailable
 from gateway.credits.operator import Operator
 from gateway.credits.service import LEASE_MS, CreditEngine, Identity, Reservation, Seen
 from gateway.credits.store import Store
+from gateway.domain.decision import Denied
 from gateway.domain.plan import DAY_MS
 from tests.conftest import PLANS, TimedServer
 from tests.engine_calls import (
@@ -23,6 +24,7 @@ from tests.engine_calls import (
     ledger,
     lose_record,
     new_identity,
+    reserve,
     settle,
     spend,
 )
@@ -254,3 +256,39 @@ async def test_a_store_that_does_not_answer_leaves_the_hold_as_it_was(
     assert figures(held) == (60_000_000, 60_000_000, 0)
     assert (await operator.funds(ACCOUNT)).held_nano == 60_000_000
     await engine.void(held)
+
+
+# --- beside each other ----------------------------------------------------------------------------------------------
+
+
+async def test_one_that_will_grow_leaves_an_eighth_of_what_others_hold(engine: CreditEngine, acme: Identity) -> None:
+    await hold(engine, acme, 80_000_000)
+    # 20 million are free, of which 10 million are for the first one to grow.
+    refused = await reserve(engine, acme, 10_000_001, grows=True)
+    assert isinstance(refused, Denied)
+    assert refused.reason == "credits_in_flight"
+    admitted = await reserve(engine, acme, 10_000_000, grows=True)
+    assert isinstance(admitted, Reservation)
+    # The rest is for those that grow, and for any that will not.
+    assert figures(await extend(engine, admitted, 20_000_000))[0] == 20_000_000
+
+
+async def test_a_small_one_need_not_wait_for_the_end_of_large_ones(engine: CreditEngine, acme: Identity) -> None:
+    await hold(engine, acme, 99_000_000)
+    # An eighth of that is more than is free, but eight times as much as a small one holds is enough.
+    assert isinstance(await reserve(engine, acme, 111_112, grows=True), Denied)
+    assert isinstance(await reserve(engine, acme, 111_111, grows=True), Reservation)
+
+
+async def test_prepaid_credits_that_a_plan_does_not_use_are_not_waited_for(
+    engine: CreditEngine, store: Store, acme: Identity
+) -> None:
+    plans = {**PLANS, "closed": replace(PLANS["standard"], name="closed", payg=False)}
+    engine.use(plans, "standard")
+    operator = Operator(store, plans, "standard")
+    await operator.set_plan(ACCOUNT, "payg")
+    await operator.credit(ACCOUNT, 10 * CREDIT, "grant")
+    await hold(engine, acme, 8 * CREDIT)
+    await operator.set_plan(ACCOUNT, "closed")
+    assert (await operator.funds(ACCOUNT)).balance_held_nano == 8 * CREDIT
+    assert isinstance(await reserve(engine, acme, 50_000_000, grows=True), Reservation)

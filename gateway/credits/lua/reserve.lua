@@ -15,8 +15,8 @@ Returns {'reserved', from allowance, from balance, list-price cost covered, fund
         {'in_progress' | 'answered', reservation id, cost (nano)} | {'other_body'}: the idempotency key was used before
 
 The allowance pays first, at the plan's rate; prepaid credits pay the rest at list price. Between the minimum and
-the amount, whatever is free is granted; one that will grow must leave room for those in flight, too. Example: rate 1, amount 10, minimum 4, allowance free 3, balance free 2:
-granted 5, from allowance 3, from balance 2. ]]
+the amount, whatever is free is granted; one that will grow must leave room for those in flight, too. Example: rate 1,
+amount 10, minimum 4, allowance free 3, balance free 2: granted 5, from allowance 3, from balance 2. ]]
 --#include number window ledger account plan reservation idempotency
 
 assert(#KEYS == 4 and #ARGV >= 17, 'reserve takes 4 keys and at least 17 arguments')
@@ -31,9 +31,9 @@ local key, model, grows, plan = ARGV[9], ARGV[10], ARGV[13] == '1', ARGV[14]
 local terms = read_terms(15)
 local asked = table.concat({ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[13], ARGV[11]}, ',')
 
--- Streams beside each other grow beyond what they were expected to need. Of what they hold, so much stays free for them:
--- without it a new one would take what the others are cut for.
-local ROOM_SHARE = 8
+-- Streams beside each other outgrow what they first hold. So much of what is held stays free for them, and no more than
+-- so many times what the new one holds: without it, a new one would take what the others are cut for.
+local ROOM_SHARE, ROOM_AMOUNTS = 8, 8
 
 -- Read
 local account = load_account(KEYS[1])
@@ -63,10 +63,10 @@ if allowance < amount_at_rate then
   from_balance = math.min(balance, amount - by_allowance)
   covered = by_allowance + from_balance
 end
-local in_flight = held_in_flight(account)
-local room = grows and math.floor(in_flight / ROOM_SHARE) or 0
-if covered < (in_flight > 0 and minimum or minimum_alone)
-  or allowance - from_allowance + balance - from_balance < room then
+local in_flight = held_in_flight(account, terms)
+local least = math.min(in_flight > 0 and minimum or minimum_alone, amount)
+local room = grows and math.min(math.floor(in_flight / ROOM_SHARE), ROOM_AMOUNTS * amount) or 0
+if covered < least or allowance - from_allowance + balance - from_balance < room then
   return funds(account, terms, now, {'denied'})
 end
 

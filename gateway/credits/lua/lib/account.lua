@@ -144,11 +144,12 @@ local function balance_free(account)
   return account.balance - account.balance_held
 end
 
--- What reservations in flight hold, and may give back to the current windows: of windows, the most that one holds.
-local function held_in_flight(account)
-  local held = 0
-  for _, window in ipairs(account.windows) do held = math.max(held, window.held + window.adopted) end
-  return held + account.balance_held
+-- What reservations in flight hold of what the plan may use now: of windows, the most that one holds.
+local function held_in_flight(account, terms)
+  local held = terms.payg and account.balance_held or 0
+  local most = 0
+  for _, window in ipairs(account.windows) do most = math.max(most, window.held + window.adopted) end
+  return held + most
 end
 
 -- The values that every reply ends with; domain/decision.py Funds reads them.
