@@ -1,7 +1,7 @@
 -- The ledger: one stream per shard, appended by the very script that moves the credits.
 --
--- An entry: account, sequence (without gaps per account), kind, id, time (ms), postings, used_after, balance_after, and
--- what the kind has beyond that (plan, model, key, note).
+-- An entry: account, sequence (without gaps per account), kind, id, time (ms), postings, used_after and balance_after
+-- (when the script that wrote it was done), and what the kind has beyond that (plan, model, key, note).
 -- postings: 'book nano book nano …', signed and summing to 0. Books: balance against bought, refunded, deducted, spent;
 -- unpaid against written_off; and per length of window granted:, window: (granted less used), used:, before: (held by
 -- reservations of ended windows) and lapsed:.
