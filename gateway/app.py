@@ -90,7 +90,7 @@ async def _archiving(config: GatewayConfig, store: Store, metrics: Metrics) -> A
     """The ledger moves into its archive for the time of the block. Raises ArchiveError where it may not."""
     archive = Archive(config.archive.url, config.store.data_dir)
     async with archiving(store, archive, metrics):
-        await _claim(config, Archiver(store, archive, metrics))
+        await _claim(config, store, Archiver(store, archive, metrics))
         yield
 
 
@@ -163,10 +163,10 @@ async def _running(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
             await task
 
 
-async def _claim(config: GatewayConfig, archiver: Archiver) -> None:
+async def _claim(config: GatewayConfig, store: Store, archiver: Archiver) -> None:
     """Find out at the start whether the archive is that of this store. A database server that is away may come back."""
     try:
-        await archiver.claim()
+        await patiently(store, archiver.claim)
     except ForeignArchive:
         raise
     except ArchiveError as error:
