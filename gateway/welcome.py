@@ -10,6 +10,7 @@ from gateway.credits.api_keys import new_secret
 from gateway.credits.errors import Rejected, StoreUnavailable
 from gateway.credits.operator import Operator
 from gateway.credits.store import Store
+from gateway.domain.model import Model
 
 T = TypeVar("T")
 
@@ -62,7 +63,9 @@ def welcome(config: GatewayConfig, address: Address, admin: Address, secret: str
             "key       make one with: quota-gateway keys create ACCOUNT, after accounts create ACCOUNT (same --config)"
         )
         return "\n".join(lines)
-    model = next((model for model in config.models.values() if model.prices.output_femto), None)
+    model = next(
+        (model for model in config.models.values() if model.prices.tokens and model.prices.tokens.output_femto), None
+    )
     lines.append(f"key       {secret}   (account {FIRST_ACCOUNT}, plan {config.default_plan}; shown only once)")
     if model is not None:
         body = f'{{"model": "{model.name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
@@ -77,3 +80,8 @@ def welcome(config: GatewayConfig, address: Address, admin: Address, secret: str
 def _reachable(address: Address) -> Address:
     """An address that a client on this machine can use."""
     return Address("127.0.0.1", address.port) if address.host in ("0.0.0.0", "::") else address  # noqa: S104
+
+
+def _answers(model: Model) -> bool:
+    """Whether it makes text: others cost nothing but their input."""
+    return model.prices.tokens is not None and model.prices.tokens.output_femto > 0

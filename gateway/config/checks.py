@@ -3,8 +3,9 @@
 from typing import Any
 
 from gateway.config.document import Document, Location, Text
-from gateway.config.fields import refresh_ms
-from gateway.config.validation import Section
+from gateway.config.fields import MOST_TOKENS, integer, refresh_ms
+from gateway.config.raw import NEEDED_FOR_TOKENS, OTHER_PRICES, SELLS_TOKENS, TOKEN_PRICES, RawModel
+from gateway.config.validation import Section, report_missing
 
 
 def check_upstream_keys(main: Document) -> None:
@@ -99,6 +100,44 @@ def _check_default(section: Section, plans: dict[str, dict[str, Any]]) -> None:
         section.report(("plans",), "has no default plan: add `default: true` to one", at_key=True)
     for name in defaults[1:]:
         section.report(("plans", name, "default"), f"must not be true beside {defaults[0]}'s: keep one default plan")
+
+
+def check_models(section: Section) -> None:
+    """A model has a price, and one that sells tokens has all that a request's cost needs."""
+    if not isinstance(section.tree, dict):
+        return
+    for name, model in _mappings(section.tree.get("models")).items():
+        here = ("models", name)
+        if any(key in model for key in SELLS_TOKENS):
+            for key in NEEDED_FOR_TOKENS:
+                if key not in model:
+                    report_missing(section, (*here, key), RawModel.model_fields[key])
+            _check_tiers(section, (*here, "tiers"), model.get("tiers"))
+        elif not any(key in model for key in OTHER_PRICES):
+            section.report(
+                here,
+                "has no price: add input_token_price and output_token_price, or one of " + ", ".join(OTHER_PRICES),
+                at_key=True,
+            )
+
+
+def _check_tiers(section: Section, here: Location, tiers: Any) -> None:
+    """Each has a price, and each begins above the one before it."""
+    below = 0
+    for index, tier in enumerate(tiers if isinstance(tiers, list) else ()):
+        if not isinstance(tier, dict):
+            continue
+        if not any(key in tier for key in TOKEN_PRICES):
+            section.report((*here, index), "changes no price: add one such as input_token_price, or remove the tier")
+        try:
+            above = integer(tier.get("above_input_tokens"), 1, MOST_TOKENS)
+        except ValueError:
+            continue
+        if above <= below:
+            section.report(
+                (*here, index, "above_input_tokens"), f"must be more than the tier's before it ({below}), not {above}"
+            )
+        below = max(below, above)
 
 
 def _mappings(value: Any) -> dict[str, dict[str, Any]]:

@@ -171,7 +171,8 @@ def _syntax(error: yaml.MarkedYAMLError) -> _Unusable:
     if error.problem == "but found another document":
         return _Unusable(line, column, "begins a second document: a configuration file is one, so remove the ---")
     # PyYAML quotes the names of aliases, anchors and tags; a secret that starts with * or ! would be one of them.
-    quotes_the_file = isinstance(error, yaml.composer.ComposerError) or "tag" in f"{error.context}{error.problem}"
+    where = f"{error.context}{error.problem}"
+    quotes_the_file = isinstance(error, yaml.composer.ComposerError) or "tag" in where or "scanning an alias" in where
     if quotes_the_file or not error.problem:
         return _Unusable(line, column, "is not valid YAML: put quotes around values that start with *, & or !")
     return _Unusable(line, column, f"is not valid YAML: {error.problem}")

@@ -17,19 +17,16 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, PlainValidator, ValidationInfo, WithJsonSchema
 
 from gateway.config.document import Text, quoted
-from gateway.config.model import Address, CountOutput, Secret
+from gateway.config.model import Address, CountOutput, KeyHeader, Secret
 from gateway.config.problem import suggestion
 from gateway.domain.money import MAX_NANO, AmountError, format_credits, parse_credits
 from gateway.domain.plan import DAY_MS, FULL_RATE_PPM, OnLost
-from gateway.domain.price import femto_per_token
 
 PriceUnit = Literal["usd_per_million_tokens", "usd_per_token"]
 PRICE_UNITS: tuple[PriceUnit, ...] = ("usd_per_million_tokens", "usd_per_token")
 
-#: No model is cheaper or dearer than this (USD per million tokens), but a mistaken unit is off by a million.
-LEAST_PRICE = Decimal("0.001")
-MOST_PRICE = Decimal(2000)
-#: With the dearest price this keeps the dearest request (input and output, 40,000 credits) far below MAX_NANO.
+#: With prices.MOST_PRICE this keeps the dearest tokens of a request (input and output, 40,000 credits) far below
+#: MAX_NANO.
 MOST_TOKENS = 10_000_000
 MOST_SIZE_BYTES = 2**30
 
@@ -37,7 +34,6 @@ LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")
 
 _DURATION_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000}
 _SIZE_BYTES = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-_PRICE = re.compile(r"[0-9]{1,9}(\.[0-9]{1,18})?([eE][-+]?[0-9]{1,2})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,41 +156,6 @@ def _one_of(value: object, words: Collection[str], kind: str) -> Any:
     return text.text
 
 
-def price_femto(value: object, info: ValidationInfo) -> int:
-    """Femto-credits per token of a price in the file's unit; 0 where the unit is unknown."""
-    text = scalar(value)
-    if not _PRICE.fullmatch(text.text):
-        raise ValueError(f"must be a price in USD such as 0.638, not {quoted(text.written)}")
-    unit = _context(info).price_unit
-    if unit is None:
-        return 0
-    figure = Decimal(text.text)
-    per_token = figure.scaleb(-6) if unit == "usd_per_million_tokens" else figure
-    _check_plausible(figure, unit, per_token)
-    return femto_per_token(per_token)
-
-
-def _check_plausible(figure: Decimal, unit: PriceUnit, per_token: Decimal) -> None:
-    if _plausible(per_token):
-        return
-    both = f"is {plain(per_token)} USD per token, which is {plain(per_token.scaleb(6))} USD per million tokens"
-    if unit == "usd_per_million_tokens" and _plausible(figure):
-        raise ValueError(f"{both}: did you mean price_unit: usd_per_token?")
-    if unit == "usd_per_token" and _plausible(figure.scaleb(-6)):
-        raise ValueError(f"{both}: did you mean price_unit: usd_per_million_tokens?")
-    raise ValueError(f"{both}: a price is 0 or from {LEAST_PRICE} to {MOST_PRICE} USD per million tokens")
-
-
-def _plausible(per_token: Decimal) -> bool:
-    return not per_token or LEAST_PRICE <= per_token.scaleb(6) <= MOST_PRICE
-
-
-def plain(number: Decimal) -> str:
-    """A decimal without exponent and without trailing zeros."""
-    text = f"{number:f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
-
-
 def tokens_within(value: object, info: ValidationInfo) -> int:
     """The most tokens of an answer: a part of the context window."""
     tokens = integer(value, 1, MOST_TOKENS)
@@ -207,13 +168,14 @@ def tokens_within(value: object, info: ValidationInfo) -> int:
 def known_upstream(value: object, info: ValidationInfo) -> str:
     """The name of an upstream of the main file."""
     text = scalar(value)
-    names = _context(info).upstreams
+    names = context_of(info).upstreams
     if names is not None and text.text not in names:
         raise ValueError(f"names no upstream, it is {quoted(text.written)}: {suggestion(text.written, names)}")
     return text.text
 
 
-def _context(info: ValidationInfo) -> Context:
+def context_of(info: ValidationInfo) -> Context:
+    """What the loader says of the rest of the files."""
     if not isinstance(info.context, Context):
         raise TypeError("a price or a reference is read without its context")
     return info.context
@@ -231,6 +193,15 @@ def model_name(key: str) -> str:
     if not 1 <= len(key) <= 200 or not key.isprintable() or " " in key or "|" in key:
         raise ValueError("is not a model name: write 1 to 200 printable characters without spaces and |")
     return key
+
+
+def other_model(value: object) -> str:
+    """The name of a model at its upstream."""
+    text = scalar(value)
+    try:
+        return model_name(text.text)
+    except ValueError as error:
+        raise ValueError(f"{error}, not {quoted(text.written)}") from error
 
 
 def secret(value: object) -> Secret:
@@ -350,13 +321,13 @@ def _text_schema(pattern: str) -> dict[str, Any]:
     return {"type": "string", "pattern": rf"{pattern}|\$\{{"}
 
 
-def _number_schema(pattern: str, kind: str, **bounds: float) -> WithJsonSchema:
+def number_schema(pattern: str, kind: str, **bounds: float) -> WithJsonSchema:
+    """A number, or a text of the pattern, or one with a variable."""
     return WithJsonSchema({"anyOf": [{"type": kind, **bounds}, _text_schema(pattern)]})
 
 
 _DURATION_SCHEMA = WithJsonSchema(_text_schema(r"^[0-9]{1,9}(ms|s|m|h)$"))
-_PRICE_SCHEMA = _number_schema(rf"^{_PRICE.pattern}$", "number", minimum=0)
-_TOKENS_SCHEMA = _number_schema("^[0-9]{1,8}$", "integer", minimum=1, maximum=MOST_TOKENS)
+_TOKENS_SCHEMA = number_schema("^[0-9]{1,8}$", "integer", minimum=1, maximum=MOST_TOKENS)
 
 
 def limit_field(value: object) -> str:
@@ -403,15 +374,15 @@ RefreshMs = Annotated[int, PlainValidator(refresh_ms), _DURATION_SCHEMA]
 SizeBytes = Annotated[
     int,
     PlainValidator(size_bytes),
-    _number_schema("^[0-9]{1,12} ?(B|KiB|MiB|GiB)?$", "integer", minimum=1, maximum=MOST_SIZE_BYTES),
+    number_schema("^[0-9]{1,12} ?(B|KiB|MiB|GiB)?$", "integer", minimum=1, maximum=MOST_SIZE_BYTES),
 ]
 CreditsNano = Annotated[
     int,
     PlainValidator(credits_nano),
-    _number_schema(r"^[0-9]{1,7}(\.[0-9]{1,9})?$", "number", minimum=0, maximum=MAX_NANO / 10**9),
+    number_schema(r"^[0-9]{1,7}(\.[0-9]{1,9})?$", "number", minimum=0, maximum=MAX_NANO / 10**9),
 ]
 RatePpm = Annotated[
-    int, PlainValidator(rate_ppm), _number_schema(r"^[0-9]{1,2}(\.[0-9]{1,6})?$", "number", minimum=0.01, maximum=10)
+    int, PlainValidator(rate_ppm), number_schema(r"^[0-9]{1,2}(\.[0-9]{1,6})?$", "number", minimum=0.01, maximum=10)
 ]
 Unit = Annotated[PriceUnit, PlainValidator(price_unit), WithJsonSchema({"enum": list(PRICE_UNITS)})]
 CountWay = Annotated[
@@ -419,21 +390,26 @@ CountWay = Annotated[
     PlainValidator(lambda value: _one_of(value, get_args(CountOutput), "way to count")),
     WithJsonSchema({"enum": list(get_args(CountOutput))}),
 ]
+KeyPlace = Annotated[
+    KeyHeader,
+    PlainValidator(lambda value: _one_of(value, get_args(KeyHeader), "header for keys")),
+    WithJsonSchema({"enum": list(get_args(KeyHeader))}),
+]
 OnLostWay = Annotated[
     OnLost,
     PlainValidator(lambda value: _one_of(value, get_args(OnLost), "way to charge")),
     WithJsonSchema({"enum": list(get_args(OnLost))}),
 ]
-PriceFemto = Annotated[int, PlainValidator(price_femto), _PRICE_SCHEMA]
 Tokens = Annotated[int, PlainValidator(lambda value: integer(value, 1, MOST_TOKENS)), _TOKENS_SCHEMA]
 TokensWithin = Annotated[int, PlainValidator(tokens_within), _TOKENS_SCHEMA]
 TemplateTokens = Annotated[
     int,
     PlainValidator(lambda value: integer(value, 0, 100_000)),
-    _number_schema("^[0-9]{1,6}$", "integer", minimum=0, maximum=100_000),
+    number_schema("^[0-9]{1,6}$", "integer", minimum=0, maximum=100_000),
 ]
 UpstreamReference = Annotated[str, PlainValidator(known_upstream), WithJsonSchema({"type": "string", "minLength": 1})]
 ShortName = Annotated[str, AfterValidator(short_name), WithJsonSchema({"type": "string"})]
+OtherModel = Annotated[str, PlainValidator(other_model), WithJsonSchema({"type": "string", "minLength": 1})]
 ModelName = Annotated[str, AfterValidator(model_name), WithJsonSchema({"type": "string"})]
 SecretText = Annotated[Secret, PlainValidator(secret), _SECRET_SCHEMA]
 Directory = Annotated[Path, PlainValidator(directory), WithJsonSchema({"type": "string", "minLength": 1})]

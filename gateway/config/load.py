@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 
-from gateway.config.checks import check_counting, check_listeners, check_plans, check_upstream_keys
+from gateway.config.checks import check_counting, check_listeners, check_models, check_plans, check_upstream_keys
 from gateway.config.document import UNREADABLE, Document, Text, quoted, read_document
 from gateway.config.fields import PRICE_UNITS, Context
 from gateway.config.model import AdminConfig, ArchiveConfig, GatewayConfig, Limits, StoreConfig, Upstream
@@ -20,12 +21,14 @@ from gateway.config.raw import (
     RawModel,
     RawPlan,
     RawStore,
+    RawTier,
+    RawTokenPrices,
     RawUpstream,
 )
 from gateway.config.validation import Section, validate
 from gateway.domain.model import Model
 from gateway.domain.plan import Allowance, Plan
-from gateway.domain.price import TokenPrices
+from gateway.domain.price import Prices, Tier, TokenPrices
 
 __all__ = ["ConfigError", "OperatorConfig", "Problem", "load", "load_for_operator", "shipped_dir"]
 
@@ -132,6 +135,8 @@ def _read(path: Path | None, reading: _Reading) -> _Parts | None:
         # There are mistakes that leave the plans readable: one that is written twice, two default ones.
         if "plans" in main.sections or (plans.document is not main and plans.document.sections):
             raw_plans = None
+    if models:
+        check_models(models)
     return _Parts(main, raw_main, raw_plans, raw_models)
 
 
@@ -192,6 +197,7 @@ def _upstream(name: str, raw: RawUpstream) -> Upstream:
         limit_field=raw.limit_field,
         allow_fields=raw.allow_fields,
         count_output=raw.count_output,
+        key_header=raw.key_header,
     )
 
 
@@ -220,25 +226,43 @@ def _allowance(raw: RawAllowance) -> Allowance:
 
 
 def _model(name: str, raw: RawModel) -> Model:
-    prices = TokenPrices(
-        input_femto=raw.input_token_price,
-        output_femto=raw.output_token_price,
-        cache_read_femto=raw.cache_read_token_price,
-        cache_write_femto=raw.cache_write_token_price,
-    )
+    prices = _prices(raw)
     return Model(
         name=name,
         upstream=raw.upstream,
         prices=prices,
-        context_window=raw.context_window,
-        max_output_tokens=raw.max_output_tokens,
+        context_window=raw.context_window or 0,
+        max_output_tokens=raw.max_output_tokens or 0,
         template_tokens=raw.template_tokens,
         hidden_reasoning=raw.hidden_reasoning,
         price_version=_price_version(prices),
+        sent_as=raw.upstream_model or "",
     )
 
 
-def _price_version(prices: TokenPrices) -> str:
-    # Of what is charged, not of how it is written: the cache prices that are left out are the input price.
-    charged = (prices.input_femto, prices.output_femto, prices.cache_read, prices.cache_write)
-    return sha256("|".join(map(str, charged)).encode()).hexdigest()[:8]
+def _prices(raw: RawModel) -> Prices:
+    written = _token_figures(raw)
+    # checks.py admits the others only beside the input and the output price.
+    tokens = TokenPrices(**written) if written else None
+    return Prices(
+        tokens=tokens,
+        tiers=tuple(_tier(tier, tokens) for tier in raw.tiers or ()) if tokens else (),
+        request_femto=raw.request_price,
+        audio_ms_femto=raw.second_price,
+        character_femto=raw.character_price,
+        images=MappingProxyType(raw.image_prices or {}),
+    )
+
+
+def _tier(raw: RawTier, base: TokenPrices) -> Tier:
+    return Tier(raw.above_input_tokens, replace(base, **_token_figures(raw)))
+
+
+def _token_figures(raw: RawTokenPrices) -> dict[str, int]:
+    """The prices that are written, as TokenPrices names them."""
+    prices = {name: getattr(raw, name) for name in RawTokenPrices.model_fields}
+    return {name.replace("_token_price", "_femto"): price for name, price in prices.items() if price is not None}
+
+
+def _price_version(prices: Prices) -> str:
+    return sha256("|".join(prices.figures()).encode()).hexdigest()[:8]

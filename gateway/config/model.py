@@ -14,6 +14,9 @@ MIB = 2**20
 #: How a stream's output is counted while it runs; RawUpstream describes each.
 CountOutput = Literal["chunks", "bytes", "usage", "maximum"]
 
+#: The header in which an upstream expects its key: as a bearer token, or by itself.
+KeyHeader = Literal["authorization", "x-api-key"]
+
 
 class Secret:
     """A text that must not be shown: str, repr and format give ``***``. Falsy when empty."""
@@ -118,7 +121,7 @@ class Upstream:
     only in demo mode. stream_usage: whether ``stream_options.include_usage`` may be added to a streamed request.
     limit_field: the request field that limits an answer's output, which older servers know only by its first name.
     allow_fields: request fields to let through that the gateway does not know to cost nothing.
-    count_output: how a stream's output is counted while it runs.
+    count_output: how a stream's output is counted while it runs. key_header: where it looks for its key.
     idle_timeout_ms: the longest silence; total_timeout_ms: the longest answer.
     """
 
@@ -132,6 +135,7 @@ class Upstream:
     limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     allow_fields: frozenset[str] = frozenset()
     count_output: CountOutput = "chunks"
+    key_header: KeyHeader = "authorization"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,12 @@ from gateway.config.fields import (
     CreditsNano,
     Directory,
     FieldNames,
+    KeyPlace,
     LimitField,
     Listen,
     ModelName,
     OnLostWay,
-    PriceFemto,
+    OtherModel,
     RatePpm,
     RefreshMs,
     SecretText,
@@ -35,7 +36,17 @@ from gateway.config.fields import (
     Unit,
     UpstreamReference,
 )
+from gateway.config.prices import (
+    IMAGE_KEYS,
+    CharacterFemto,
+    ImageFemto,
+    ImageKind,
+    RequestFemto,
+    SecondFemto,
+    TokenFemto,
+)
 from gateway.domain.plan import MAX_WINDOWS
+from gateway.domain.price import MAX_TIERS
 
 
 class _Mapping(BaseModel):
@@ -94,6 +105,11 @@ class RawUpstream(_Mapping):
         default=None,
         description="The upstream's key. Leave the line out for a server that needs none; an empty value means "
         "that the upstream is not set up, and when none is, the built-in demo model answers",
+    )
+    key_header: KeyPlace = Field(
+        default="authorization",
+        validate_default=True,
+        description="Where the upstream expects its key: authorization (as a bearer token) or x-api-key (Anthropic)",
     )
     connect_timeout: TimeoutMs = Field(
         default="10s", validate_default=True, description="The longest wait for a connection"
@@ -182,22 +198,92 @@ class RawPlan(_Mapping):
         return value if isinstance(value, list) else [value]
 
 
-class RawModel(_Mapping):
-    """A model that is sold, and its list prices in the file's price_unit."""
+class RawTokenPrices(_Mapping):
+    """Prices of tokens, in USD and the file's price_unit."""
+
+    input_token_price: TokenFemto | None = Field(
+        default=None, examples=["0.638"], description="USD; 0 for a free model"
+    )
+    output_token_price: TokenFemto | None = Field(
+        default=None, examples=["0.768"], description="USD; 0 for an embedding model"
+    )
+    cache_read_token_price: TokenFemto | None = Field(default=None, description="USD; without it the input price")
+    cache_write_token_price: TokenFemto | None = Field(default=None, description="USD; without it the input price")
+    audio_input_token_price: TokenFemto | None = Field(default=None, description="USD; without it the input price")
+    image_input_token_price: TokenFemto | None = Field(default=None, description="USD; without it the input price")
+    audio_output_token_price: TokenFemto | None = Field(default=None, description="USD; without it the output price")
+    image_output_token_price: TokenFemto | None = Field(default=None, description="USD; without it the output price")
+    reasoning_token_price: TokenFemto | None = Field(default=None, description="USD; without it the output price")
+
+
+TOKEN_PRICES = tuple(RawTokenPrices.model_fields)
+#: Any one of these makes a model one that sells tokens, and then it needs all of NEEDED_FOR_TOKENS.
+SELLS_TOKENS = (*TOKEN_PRICES, "tiers")
+NEEDED_FOR_TOKENS = ("input_token_price", "output_token_price", "context_window", "max_output_tokens")
+OTHER_PRICES = ("request_price", "second_price", "character_price", "image_prices")
+
+
+def _any_of(names: tuple[str, ...]) -> dict[str, Any]:
+    return {"anyOf": [{"required": [name]} for name in names]}
+
+
+class RawTier(RawTokenPrices):
+    """Prices of a long request's tokens, all of them; one that is left out is the model's own."""
+
+    model_config = ConfigDict(json_schema_extra=_any_of(TOKEN_PRICES))
+
+    above_input_tokens: Tokens = Field(
+        examples=["200000"], description="The tier is for requests of more input tokens than this"
+    )
+
+
+class RawModel(RawTokenPrices):
+    """A model that is sold, and its list prices: of tokens and characters in the file's price_unit, others in USD."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "if": _any_of(SELLS_TOKENS),
+            "then": {"required": list(NEEDED_FOR_TOKENS)},
+            "else": _any_of(OTHER_PRICES),
+        }
+    )
 
     upstream: UpstreamReference = Field(examples=["ionet"], description="The name of the upstream that serves it")
-    input_token_price: PriceFemto = Field(examples=["0.638"], description="USD; 0 for a free model")
-    output_token_price: PriceFemto = Field(examples=["0.768"], description="USD; 0 for an embedding model")
-    cache_read_token_price: PriceFemto | None = Field(default=None, description="USD; without it the input price")
-    cache_write_token_price: PriceFemto | None = Field(default=None, description="USD; without it the input price")
-    context_window: Tokens = Field(examples=["128000"], description="Tokens of prompt and answer together")
-    max_output_tokens: TokensWithin = Field(
-        examples=["8192"], description="The most tokens of one answer, at most the context window"
+    tiers: list[RawTier] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_TIERS,
+        description="Other prices of tokens for long requests: up to 4 tiers, each above the one before it",
+    )
+    request_price: RequestFemto | None = Field(default=None, description="USD per request, beside all else")
+    second_price: SecondFemto | None = Field(default=None, description="USD per second of audio")
+    character_price: CharacterFemto | None = Field(
+        default=None, description="USD in the file's price_unit, per character of the text to be spoken"
+    )
+    image_prices: dict[ImageKind, ImageFemto] | None = Field(
+        default=None,
+        min_length=1,
+        description='USD per image: by size (1024x1024), size and quality (1024x1024/high), quality ("*/high"), or "*" '
+        "for every other; the closest counts, and a size is closer than a quality",
+        json_schema_extra=IMAGE_KEYS,
+    )
+    context_window: Tokens | None = Field(
+        default=None,
+        examples=["128000"],
+        description="Tokens of prompt and answer together; may be left out only where no token has a price",
+    )
+    max_output_tokens: TokensWithin | None = Field(
+        default=None,
+        examples=["8192"],
+        description="The most tokens of one answer, at most the context window; may be left out likewise",
     )
     template_tokens: TemplateTokens = Field(
         default="256",
         validate_default=True,
         description="The most tokens that the upstream's chat template adds to a prompt",
+    )
+    upstream_model: OtherModel | None = Field(
+        default=None, description="What the upstream calls the model; without it the same name that clients send"
     )
     hidden_reasoning: Boolean = Field(
         default="false",
@@ -215,7 +301,9 @@ class PlansFile(_Mapping):
 class ModelsFile(_Mapping):
     """models.yaml."""
 
-    price_unit: Unit = Field(examples=["usd_per_million_tokens"], description="The unit of every price of this file")
+    price_unit: Unit = Field(
+        examples=["usd_per_million_tokens"], description="The unit of the prices of tokens and characters"
+    )
     models: dict[ModelName, RawModel] = Field(min_length=1, description="The models by the name that clients send")
 
 

@@ -6,6 +6,7 @@ from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from gateway.config.document import Document, Location, dotted
@@ -68,9 +69,7 @@ def _report(section: Section, model: type[BaseModel], detail: ErrorDetails) -> N
             at_key = bool(location) and location[-1] == "[key]"
             section.report(location, str(detail["ctx"]["error"]), at_key=at_key)
         case "missing":
-            examples = _fields(model, location[:-1])[str(location[-1])].examples
-            how = f"a line such as `{location[-1]}: {examples[0]}`" if examples else "it"
-            section.report(location, f"is missing: add {how}", at_key=True)
+            report_missing(section, location, _fields(model, location[:-1])[str(location[-1])])
         case "extra_forbidden":
             known = _fields(model, location[:-1])
             section.report(location, f"is not known: {suggestion(str(location[-1]), known)}", at_key=True)
@@ -79,18 +78,26 @@ def _report(section: Section, model: type[BaseModel], detail: ErrorDetails) -> N
         case "too_long":
             most = detail["ctx"]["max_length"]
             section.report(location, f"has {detail['ctx']['actual_length']} entries: keep at most {most}", at_key=True)
+        case "list_type":
+            section.report(location, "must be a list: begin each entry with `- `")
         case _:
             section.report(location, "must be a mapping of `key: value` lines")
 
 
-def _fields(model: type[BaseModel], location: Iterable[str | int]) -> dict[str, Any]:
+def report_missing(section: Section, location: Location, field: FieldInfo) -> None:
+    """Note that a field should stand at a location."""
+    how = f"a line such as `{location[-1]}: {field.examples[0]}`" if field.examples else "it"
+    section.report(location, f"is missing: add {how}", at_key=True)
+
+
+def _fields(model: type[BaseModel], location: Iterable[str | int]) -> dict[str, FieldInfo]:
     """The fields of the raw model at a location."""
     kind: Any = model
     for part in location:
         # Of a mapping the values' kind, of a list its entries'.
         kind = kind.model_fields[part].annotation if hasattr(kind, "model_fields") else get_args(kind)[-1]
         kind = _without_none(kind)
-    fields: dict[str, Any] = kind.model_fields
+    fields: dict[str, FieldInfo] = kind.model_fields
     return fields
 
 

@@ -1,23 +1,23 @@
-"""Prices per token and the cost of a use, exact to the nano-credit."""
+"""Prices and the cost of a use, exact to the nano-credit.
 
-from dataclasses import dataclass
+One object prices a request twice: before it is forwarded, by ``most_femto`` of the most that it can use, and
+afterwards, by ``femto`` of what it used.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from decimal import Decimal
+from types import MappingProxyType
 
+from gateway.domain.metered import Metered
 from gateway.domain.plan import FULL_RATE_PPM
 
-#: Prices are held as femto-credits (1e-15 credit) per token: 0.0305 USD per million tokens is 30_500_000.
+#: Prices are held as femto-credits (1e-15 credit) per unit: 0.0305 USD per million tokens is 30_500_000 per token.
 FEMTO_PER_CREDIT = 10**15
 FEMTO_PER_NANO = 10**6
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """Tokens of one request by kind. cache_read and cache_write are parts of input, never beside it."""
-
-    input: int
-    output: int
-    cache_read: int = 0
-    cache_write: int = 0
+#: In a table of image prices: any size, or any quality.
+ANY = "*"
+MAX_TIERS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,40 +31,147 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class TokenPrices:
-    """List prices of one model in femto-credits per token, each ≥ 0. None for a cache kind: the input price."""
+    """List prices in femto-credits per token, each ≥ 0. None for a part of the input: the input price; for a part of
+    the output: the output price."""
 
     input_femto: int
     output_femto: int
     cache_read_femto: int | None = None
     cache_write_femto: int | None = None
+    audio_input_femto: int | None = None
+    image_input_femto: int | None = None
+    audio_output_femto: int | None = None
+    image_output_femto: int | None = None
+    reasoning_femto: int | None = None
 
     @property
     def cache_read(self) -> int:
         """What a token read from the cache costs, in femto-credits."""
-        return self.input_femto if self.cache_read_femto is None else self.cache_read_femto
+        return _or(self.cache_read_femto, self.input_femto)
 
     @property
     def cache_write(self) -> int:
         """What a token written to the cache costs, in femto-credits."""
-        return self.input_femto if self.cache_write_femto is None else self.cache_write_femto
+        return _or(self.cache_write_femto, self.input_femto)
 
-    def femto(self, tokens: Tokens) -> int:
-        """The exact cost in femto-credits."""
-        plain = tokens.input - tokens.cache_read - tokens.cache_write
+    def femto(self, metered: Metered) -> int:
+        """The exact cost of the tokens in femto-credits."""
         return (
-            plain * self.input_femto
-            + tokens.cache_read * self.cache_read
-            + tokens.cache_write * self.cache_write
-            + tokens.output * self.output_femto
+            metered.plain_input * self.input_femto
+            + metered.cache_read * self.cache_read
+            + metered.cache_write * self.cache_write
+            + metered.audio_input * _or(self.audio_input_femto, self.input_femto)
+            + metered.image_input * _or(self.image_input_femto, self.input_femto)
+            + metered.plain_output * self.output_femto
+            + metered.audio_output * _or(self.audio_output_femto, self.output_femto)
+            + metered.image_output * _or(self.image_output_femto, self.output_femto)
+            + metered.reasoning * _or(self.reasoning_femto, self.output_femto)
         )
 
-    def cost(self, tokens: Tokens, rate_ppm: int) -> Cost:
-        """The cost of tokens to an account whose plan pays rate_ppm of the list price."""
-        return cost_of(self.femto(tokens), rate_ppm)
+    def figures(self) -> list[str]:
+        """All that is charged, whether it was written or not: equal for equal prices."""
+        usual = (self.input_femto, self.output_femto, self.cache_read, self.cache_write)
+        others = (
+            _or(self.audio_input_femto, self.input_femto),
+            _or(self.image_input_femto, self.input_femto),
+            _or(self.audio_output_femto, self.output_femto),
+            _or(self.image_output_femto, self.output_femto),
+            _or(self.reasoning_femto, self.output_femto),
+        )
+        # What has no price of its own is left out: a version of four prices is older than all the others.
+        plain = (*[self.input_femto] * 2, *[self.output_femto] * 3)
+        return [*map(str, usual), *([repr(others)] if others != plain else [])]
 
     def dearest_input_femto(self) -> int:
         """The most that one input token can cost, whichever kind the upstream will say it was."""
-        return max(self.input_femto, self.cache_read, self.cache_write)
+        kinds = (self.cache_read_femto, self.cache_write_femto, self.audio_input_femto, self.image_input_femto)
+        return max(_or(kind, self.input_femto) for kind in (None, *kinds))
+
+    def dearest_output_femto(self) -> int:
+        """The most that one output token can cost."""
+        kinds = (self.audio_output_femto, self.image_output_femto, self.reasoning_femto)
+        return max(_or(kind, self.output_femto) for kind in (None, *kinds))
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """What tokens cost in a request of more than above_input_tokens: all of its tokens, not only those above."""
+
+    above_input_tokens: int
+    tokens: TokenPrices
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """List prices of one model, in femto-credits, each ≥ 0.
+
+    None, and no images: it does not sell that, which is something else than to sell it for nothing; what is used of it
+    all the same costs nothing. tiers: at most MAX_TIERS, by above_input_tokens, upwards. images: by (size, quality),
+    either of which may be ANY; the closest match counts, a size before a quality. audio_ms_femto: per millisecond of
+    audio.
+    """
+
+    tokens: TokenPrices | None = None
+    tiers: tuple[Tier, ...] = ()
+    request_femto: int | None = None
+    audio_ms_femto: int | None = None
+    character_femto: int | None = None
+    images: Mapping[tuple[str, str], int] = field(default_factory=lambda: MappingProxyType({}))
+
+    def figures(self) -> list[str]:
+        """All that is charged, whether it was written or not: equal for equal prices."""
+        tiers = [(tier.above_input_tokens, tier.tokens.figures()) for tier in self.tiers]
+        counted = (self.request_femto, self.audio_ms_femto, self.character_femto)
+        units = (*(_or(price, 0) for price in counted), sorted(self.images.items()))
+        tokens = self.tokens.figures() if self.tokens else []
+        return [*tokens, *([repr(tiers)] if tiers else []), *([repr(units)] if any(units) else [])]
+
+    def femto(self, metered: Metered) -> int:
+        """The exact cost in femto-credits."""
+        tokens = self._tokens_at(metered.input)
+        return (tokens.femto(metered) if tokens else 0) + self.units_femto(metered)
+
+    def units_femto(self, metered: Metered) -> int:
+        """The part of the cost that is not tokens. Raises KeyError for an image that has no price."""
+        return (
+            metered.requests * _or(self.request_femto, 0)
+            + metered.audio_ms * _or(self.audio_ms_femto, 0)
+            + metered.characters * _or(self.character_femto, 0)
+            + sum(images.count * self.image_femto(images.size, images.quality) for images in metered.images)
+        )
+
+    def cost(self, metered: Metered, rate_ppm: int) -> Cost:
+        """The cost to an account whose plan pays rate_ppm of the list price."""
+        return cost_of(self.femto(metered), rate_ppm)
+
+    def most_femto(self, metered: Metered) -> int:
+        """The most that a use up to metered can cost: each token of the dearest kind, at the dearest tier in reach."""
+        dearest_input, dearest_output = self.dearest_femto(metered.input)
+        return metered.input * dearest_input + metered.output * dearest_output + self.units_femto(metered)
+
+    def dearest_femto(self, input_tokens: int) -> tuple[int, int]:
+        """The most that a token of the input, and one of the output, can cost in a request of up to input_tokens."""
+        if self.tokens is None:
+            return 0, 0
+        reach = [self.tokens, *(tier.tokens for tier in self.tiers if tier.above_input_tokens < input_tokens)]
+        return max(one.dearest_input_femto() for one in reach), max(one.dearest_output_femto() for one in reach)
+
+    def image_femto(self, size: str, quality: str) -> int:
+        """What one image costs. Raises KeyError where it has no price."""
+        for key in ((size, quality), (size, ANY), (ANY, quality)):
+            if key in self.images:
+                return self.images[key]
+        return self.images[ANY, ANY]
+
+    def _tokens_at(self, input_tokens: int) -> TokenPrices | None:
+        for tier in reversed(self.tiers):
+            if input_tokens > tier.above_input_tokens:
+                return tier.tokens
+        return self.tokens
+
+
+def _or(femto: int | None, otherwise: int) -> int:
+    return otherwise if femto is None else femto
 
 
 def cost_of(femto: int, rate_ppm: int) -> Cost:
@@ -75,14 +182,15 @@ def cost_of(femto: int, rate_ppm: int) -> Cost:
     )
 
 
-def femto_per_token(usd_per_token: Decimal) -> int:
-    """The integer price of a decimal USD price per token. Raises ValueError beyond 15 decimals."""
-    femto = usd_per_token * FEMTO_PER_CREDIT
+def femto_per_unit(usd: Decimal) -> int:
+    """The integer price of a decimal USD price per unit. Raises ValueError, the rest of a sentence, beyond 15
+    decimals."""
+    femto = usd * FEMTO_PER_CREDIT
     if femto != int(femto):
-        raise ValueError("has more decimals than the gateway can charge exactly (15 per token, 9 per million)")
+        raise ValueError("has more decimals than the gateway can charge exactly")
     return int(femto)
 
 
-def usd_per_token(femto: int) -> Decimal:
-    """The decimal USD price per token, as models lists show it."""
+def usd_per_unit(femto: int) -> Decimal:
+    """The decimal USD price per unit, as models lists show it."""
     return Decimal(femto) / FEMTO_PER_CREDIT

@@ -6,7 +6,7 @@ send 402 exactly once.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import orjson
@@ -24,6 +24,15 @@ _NO_RETRY = {"x-should-retry": "false"}
 # Said where a part of the request's body may still be on its way: the connection cannot be used again.
 _LAST = {"Connection": "close", **_NO_RETRY}
 _BUSY_RETRY_S = 1
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    529: "overloaded_error",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +61,10 @@ class Failure:
             error["resets_at"] = self.resets_at
         return orjson.dumps({"type": "error", "error": error, "request_id": request_id})
 
-    def event(self, request_id: str) -> bytes:
-        """The same as the last event of a stream that has begun."""
-        return b"data: " + self.body(request_id) + b"\n\n"
+    def for_anthropic(self) -> "Failure":
+        """The same with the type that Anthropic's API has for such a status, and its clients know."""
+        other = "api_error" if self.status >= 500 else "invalid_request_error"
+        return replace(self, type=_ANTHROPIC_TYPES.get(self.status, other))
 
     def response(self, request_id: str, extra: Mapping[str, str] | None = None) -> web.Response:
         """The HTTP answer."""

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 import orjson
 from aiohttp import web
 
+from gateway.apis.api import Dialect
 from gateway.config.model import GatewayConfig
 from gateway.credits.service import Identity, Reservation
 from gateway.domain.decision import Settlement
+from gateway.domain.metered import Metered
 from gateway.domain.money import format_credits
-from gateway.domain.price import Tokens
 from gateway.domain.request import Ask
 from gateway.http.errors import funds_headers, rfc3339
+from gateway.upstream.sse import EventStream
 
 
 @dataclass(slots=True)
@@ -22,10 +24,13 @@ class Exchange:
     """One request as it goes through, for its answer's headers, its log line and its metrics.
 
     config: the one that it began with and keeps to its end. slice_tokens: the output of each answer that its stream
-    holds at a time; None where all is held at once.
+    holds at a time; None where all is held at once. from_page: whether a browser asks for a page of some origin.
+    dialect: of its errors. events: of the stream that answers it, once that has come.
     """
 
     config: GatewayConfig
+    from_page: bool = False
+    dialect: Dialect = "openai"
     number: str = field(default_factory=lambda: secrets.token_hex(12))
     started: float = field(default_factory=time.perf_counter)
     identity: Identity | None = None
@@ -33,13 +38,14 @@ class Exchange:
     reservation: Reservation | None = None
     ended: bool = False
     settlement: Settlement | None = None
-    tokens: Tokens = field(default_factory=lambda: Tokens(0, 0))
+    metered: Metered = field(default_factory=lambda: Metered(0, 0))
     slice_tokens: int | None = None
     max_tokens: int | None = None
     decision: str = "none"
     reason: str | None = None
     status: int = 499
     response: web.StreamResponse | None = None
+    events: EventStream | None = None
     overhead_s: float = 0.0
     first_byte: float | None = None
 
@@ -55,14 +61,18 @@ class Exchange:
         return self.ask.model
 
 
+def request_headers(exchange: Exchange) -> dict[str, str]:
+    """The request's id, in the header of each SDK."""
+    return {"x-request-id": exchange.id, "request-id": exchange.id}
+
+
 def credit_headers(exchange: Exchange) -> dict[str, str]:
     """What was held and charged, and what is left."""
     reservation, settlement = exchange.reservation, exchange.settlement
     assert reservation is not None
     funds = reservation.reserved.funds
     headers = {
-        "x-request-id": exchange.id,
-        "request-id": exchange.id,
+        **request_headers(exchange),
         "x-credits-reserved": format_credits(reservation.reserved.held_nano),
         "x-credits-source": reservation.reserved.source,
     }

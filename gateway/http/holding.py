@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import orjson
 
@@ -12,9 +12,10 @@ from gateway.credits.errors import EngineError, StoreError, StoreUnavailable
 from gateway.credits.service import CreditEngine, Seen
 from gateway.domain.decision import Funds
 from gateway.domain.forecast import OutputForecast
+from gateway.domain.metered import Metered
 from gateway.domain.model import Model
 from gateway.domain.plan import FULL_RATE_PPM, Plan
-from gateway.domain.price import FEMTO_PER_NANO, Tokens
+from gateway.domain.price import FEMTO_PER_NANO
 from gateway.domain.request import least_output, worst_femto
 from gateway.http.exchange import Exchange
 from gateway.http.quote import Quote
@@ -66,17 +67,11 @@ def payable_nano(funds: Funds, plan: Plan) -> int:
     return idle * FULL_RATE_PPM // plan.rate_ppm + (funds.balance_nano if plan.payg else 0)
 
 
-def note_of(exchange: Exchange, model: Model, tokens: Tokens) -> str:
-    """What the ledger says of a charge: the version of the price, the tokens, and where the request came from."""
+def note_of(exchange: Exchange, model: Model, metered: Metered) -> str:
+    """What the ledger says of a charge: the version of the price, what was metered, and where the request came from."""
     assert exchange.identity is not None
-    kinds = {
-        "input": tokens.input,
-        "output": tokens.output,
-        "cache_read": tokens.cache_read,
-        "cache_write": tokens.cache_write,
-    }
-    shown = {kind: count for kind, count in kinds.items() if count}
-    return orjson.dumps({"price": model.price_version, "tokens": shown, "source": exchange.identity.source}).decode()
+    note = {"price": model.price_version, "tokens": metered.figures(), "source": exchange.identity.source}
+    return orjson.dumps(note).decode()
 
 
 class StreamHold:
@@ -95,9 +90,11 @@ class StreamHold:
         self._reservation = exchange.reservation
         self._model = model
         self._events = events
-        self._most = bound.tokens(bound.output_tokens_each).output
-        self._slice = bound.tokens(exchange.slice_tokens or bound.output_tokens_each).output
-        self._input_femto = bound.tokens(0).input * model.prices.dearest_input_femto()
+        self._most = bound.metered(bound.output_tokens_each).output
+        self._slice = bound.metered(exchange.slice_tokens or bound.output_tokens_each).output
+        # All but the output that grows.
+        self._fixed_femto = model.prices.most_femto(replace(bound.metered(0), output=0))
+        self._output_femto = model.prices.dearest_femto(bound.input_tokens)[1]
         self._wanted = 0
         self._ended = False
         self._store_error: StoreError | None = None
@@ -184,7 +181,7 @@ class StreamHold:
     async def _extend_once(self) -> None:
         reservation = self._reservation
         output = min(self._wanted + self._slice, self._most)
-        target_femto = self._input_femto + output * self._model.prices.output_femto
+        target_femto = self._fixed_femto + output * self._output_femto
         await self._engine.extend(reservation, target_femto, self._seen())
         self.covered = self._covered_by(reservation.reserved.payg_nano)
 
@@ -193,13 +190,13 @@ class StreamHold:
         answered.set()
 
     def _covered_by(self, payg_nano: int) -> int:
-        price = self._model.prices.output_femto
+        price = self._output_femto
         # The upstream's own limit ends a stream that is covered to it: then nothing depends on the count. What a hold
         # at a reduced rate covers is rounded down, which must not cost the last token.
-        if not price or (payg_nano + 1) * FEMTO_PER_NANO >= self._input_femto + self._most * price:
+        if not price or (payg_nano + 1) * FEMTO_PER_NANO >= self._fixed_femto + self._most * price:
             return UNLIMITED
-        return max(0, payg_nano * FEMTO_PER_NANO - self._input_femto) // price
+        return max(0, payg_nano * FEMTO_PER_NANO - self._fixed_femto) // price
 
     def _seen(self) -> Seen:
-        tokens = self._events.tokens(complete=False)
+        tokens = self._events.metered(complete=False)
         return Seen(self._model.prices.femto(tokens), note_of(self._exchange, self._model, tokens))

@@ -10,7 +10,7 @@ import orjson
 
 from gateway.config.model import Upstream
 from gateway.domain.model import Model
-from gateway.domain.price import usd_per_token
+from gateway.domain.price import ANY, Prices, TokenPrices, usd_per_unit
 from gateway.upstream.client import UpstreamClient, UpstreamError
 
 log = logging.getLogger(__name__)
@@ -53,20 +53,17 @@ class ModelsList:
 
     def _entry(self, model: Model) -> dict[str, Any]:
         said = self._said.get(model.upstream, {}).get(model.name, {})
-        prices = model.prices
-        known: dict[str, Any] = {
+        known = {
             "id": model.name,
             "object": "model",
             "created": said.get("created", 0),
             "owned_by": said.get("owned_by", model.upstream),
-            "input_token_price": _number(prices.input_femto),
-            "output_token_price": _number(prices.output_femto),
-            "cache_read_token_price": _number(prices.cache_read),
-            "cache_write_token_price": _number(prices.cache_write),
-            "context_window": model.context_window,
-            "max_tokens": model.max_output_tokens,
+            **_shown_prices(model.prices),
+            **({"context_window": model.context_window} if model.context_window else {}),
+            **({"max_tokens": model.max_output_tokens} if model.max_output_tokens else {}),
         }
-        return {**said, **known}
+        # An upstream's own price of what is not sold here would look like ours.
+        return {**{name: value for name, value in said.items() if not _is_price(name)}, **known}
 
     async def _refresh(self) -> None:
         # One caller asks; the others wait for its answer rather than ask as well.
@@ -90,6 +87,51 @@ class ModelsList:
             }
 
 
+def _shown_prices(prices: Prices) -> dict[str, Any]:
+    """The prices by the configuration's names, in USD per unit as JSON numbers: of what is sold, what was set. What
+    cached tokens cost is said wherever tokens are sold."""
+    units = {
+        "request_price": prices.request_femto,
+        "second_price": None if prices.audio_ms_femto is None else prices.audio_ms_femto * 1000,
+        "character_price": prices.character_femto,
+    }
+    shown: dict[str, Any] = {
+        **(_shown_tokens(prices.tokens) if prices.tokens else {}),
+        **{name: _number(femto) for name, femto in units.items() if femto is not None},
+    }
+    if prices.images:
+        shown["image_prices"] = {_image_name(*kind): _number(femto) for kind, femto in prices.images.items()}
+    if prices.tiers:
+        shown["tiers"] = [
+            {"above_input_tokens": tier.above_input_tokens, **_shown_tokens(tier.tokens)} for tier in prices.tiers
+        ]
+    return shown
+
+
+def _is_price(name: str) -> bool:
+    return name.endswith(("_price", "_prices")) or name in ("tiers", "pricing")
+
+
+def _shown_tokens(prices: TokenPrices) -> dict[str, orjson.Fragment]:
+    figures = {
+        "input": prices.input_femto,
+        "output": prices.output_femto,
+        "cache_read": prices.cache_read,
+        "cache_write": prices.cache_write,
+        "audio_input": prices.audio_input_femto,
+        "image_input": prices.image_input_femto,
+        "audio_output": prices.audio_output_femto,
+        "image_output": prices.image_output_femto,
+        "reasoning": prices.reasoning_femto,
+    }
+    return {f"{kind}_token_price": _number(femto) for kind, femto in figures.items() if femto is not None}
+
+
+def _image_name(size: str, quality: str) -> str:
+    """As the key of image_prices is written."""
+    return size if quality == ANY else f"{size}/{quality}"
+
+
 def _number(femto: int) -> orjson.Fragment:
-    """USD per token as a JSON number without exponent, which a float would get."""
-    return orjson.Fragment(f"{usd_per_token(femto):f}")
+    """USD per unit as a JSON number without exponent, which a float would get."""
+    return orjson.Fragment(f"{usd_per_unit(femto):f}")

@@ -10,37 +10,35 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 
-import orjson
 from aiohttp import web
 
+from gateway.apis.api import Api
+from gateway.apis.free import FREE_APIS, FreeApi
+from gateway.apis.registry import APIS
 from gateway.config.model import GatewayConfig
 from gateway.credits.errors import StoreError, UnknownPlan
 from gateway.credits.service import LEASE_MS, CreditEngine, Identity, Refused, RepeatKey, Reservation
 from gateway.domain.decision import Denied, Repeated
 from gateway.domain.forecast import OutputForecast
-from gateway.domain.price import FEMTO_PER_NANO
-from gateway.domain.request import InvalidRequest, Operation, affordable_output
+from gateway.domain.request import InvalidRequest
 from gateway.http import errors
+from gateway.http.browser import greeting, let_page_read
 from gateway.http.errors import Failure, funds_headers
-from gateway.http.exchange import Exchange, credit_headers
-from gateway.http.holding import holding_of, payable_nano
+from gateway.http.exchange import Exchange, request_headers
+from gateway.http.forwarding import Forwarding
+from gateway.http.holding import holding_of
 from gateway.http.models import ModelsList
-from gateway.http.quote import METERED, PATHS, Quote, forwarded_body, read_body, read_quote, repeat_key
+from gateway.http.quote import Quote, read_body, read_free, read_quote, repeat_key
 from gateway.http.relay import StreamRelay, write
 from gateway.http.reports import Reports
 from gateway.http.settling import Settling
 from gateway.telemetry.metrics import STORE_UNAVAILABLE, Metrics
-from gateway.upstream.client import UpstreamAnswer, UpstreamClient, UpstreamError
-from gateway.upstream.usage import read_answer
+from gateway.upstream.client import UpstreamClient, UpstreamError
 
 log = logging.getLogger(__name__)
 
 _PREFIXES = ("/v1", "/api/v1")
-
-_MOST_ERROR_BYTES = 2**20
-_MOST_RETRY_S = 60
 
 
 class Proxy:
@@ -54,8 +52,9 @@ class Proxy:
         self._reports = Reports(metrics)
         self._models = ModelsList(config.models, config.upstreams, client)
         self._forecast = OutputForecast()
-        self._settling = Settling(engine, self._reports)
-        self._relay = StreamRelay(engine, self._settling, self._reports, self._forecast)
+        settling = Settling(engine, self._reports)
+        relay = StreamRelay(engine, settling, self._reports, self._forecast)
+        self._forwarding = Forwarding(client, metrics, self._reports, settling, relay)
         self._active: set[asyncio.Task[object]] = set()
 
     def use(self, config: GatewayConfig) -> None:
@@ -65,21 +64,27 @@ class Proxy:
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request of the data listener. Never raises but for cancellation."""
-        exchange = Exchange(self._config)
+        exchange = Exchange(self._config, from_page="Origin" in request.headers)
         task = asyncio.current_task()
         assert task is not None
         self._active.add(task)
         try:
-            response = await self._route(exchange, request)
+            response = await self._answer(exchange, request)
+            let_page_read(exchange, response)
+            return response
+        finally:
+            self._active.discard(task)
+            self._reports.finished(exchange)
+
+    async def _answer(self, exchange: Exchange, request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            response = greeting(request) or await self._route(exchange, request)
             exchange.status = response.status
             return response
         except Exception as error:
             if exchange.response is not None and exchange.response.prepared:
                 return await self._cut(exchange, request, exchange.response, error)
             return self._excuse(exchange, error)
-        finally:
-            self._active.discard(task)
-            self._reports.finished(exchange)
 
     async def drain(self, timeout_s: float, hurry: asyncio.Event, settle_s: float) -> None:
         """Let the requests in flight end, for timeout_s or until hurry is set; then cut them, and give what they were
@@ -105,6 +110,9 @@ class Proxy:
             case UnknownPlan():
                 log.error("%s: %s", exchange.id, error)
                 return self._reports.fail(exchange, errors.plan_not_configured(error.plan))
+            case UpstreamError():
+                log.warning("%s: the upstream did not answer: %s", exchange.id, error)
+                return self._reports.fail(exchange, errors.upstream_failed(error))
             case ConnectionResetError():
                 exchange.reason = "client_closed"
                 return web.Response(status=exchange.status)  # nobody is there to read it
@@ -120,30 +128,48 @@ class Proxy:
             log.error("%s failed while streaming", exchange.id, exc_info=error)
             exchange.reason = "internal_error"
             with suppress(ConnectionResetError):
-                await write(response, errors.internal_error().event(exchange.id))
+                await write(response, self._reports.event(exchange, errors.internal_error()))
         if request.transport is not None:
             request.transport.close()
         return response
 
     async def _route(self, exchange: Exchange, request: web.BaseRequest) -> web.StreamResponse:
         path = next((request.path[len(p) :] for p in _PREFIXES if request.path.startswith(p + "/")), "")
-        operation = METERED.get(path)
-        if operation is None and path != "/models" and not path.startswith("/models/"):
+        api, free = APIS.get(path), FREE_APIS.get(path)
+        if api is None and free is None and path != "/models" and not path.startswith("/models/"):
             return self._reports.fail(exchange, errors.unknown_path(request.method, request.path))
-        allowed = "GET" if operation is None else "POST"
+        if answering := api or free:
+            exchange.dialect = answering.dialect
+        allowed = "POST" if api or free else "GET"
         if request.method != allowed:
             return self._reports.fail(exchange, errors.wrong_method(request.method, allowed))
         identity = await self._authenticate(exchange, request)
         if identity is None:
             return self._reports.fail(exchange, errors.bad_key())
-        if operation is None:
-            return await self._list_models(exchange, path)
-        return await self._meter(exchange, request, operation, identity)
+        if api is not None:
+            return await self._meter(exchange, request, api, identity)
+        if free is not None:
+            return await self._pass_free(exchange, request, free)
+        return await self._list_models(exchange, path)
+
+    async def _pass_free(self, exchange: Exchange, request: web.BaseRequest, api: FreeApi) -> web.StreamResponse:
+        raw = await read_body(request, exchange.config.limits.body_bytes)
+        if isinstance(raw, Failure):
+            return self._reports.fail(exchange, raw)
+        try:
+            read = read_free(exchange.config, api, raw)
+        except InvalidRequest as error:
+            return self._reports.fail(exchange, errors.invalid_body(error))
+        if isinstance(read, Failure):
+            return self._reports.fail(exchange, read)
+        self._reports.free(exchange)
+        upstream, body = read
+        return await self._forwarding.free(exchange, request, upstream, api, body)
 
     async def _meter(
-        self, exchange: Exchange, request: web.BaseRequest, operation: Operation, identity: Identity
+        self, exchange: Exchange, request: web.BaseRequest, api: Api, identity: Identity
     ) -> web.StreamResponse:
-        quote = await self._quote(exchange, request, operation)
+        quote = await self._quote(exchange, request, api)
         if isinstance(quote, Failure):
             return self._reports.fail(exchange, quote)
         repeat = _repeat_of(request, quote, identity)
@@ -153,7 +179,7 @@ class Proxy:
         if isinstance(reservation, web.Response):
             return reservation
         try:
-            return await self._forward(exchange, request, quote, reservation)
+            return await self._forwarding.metered(exchange, request, quote, reservation)
         finally:
             if not exchange.ended:
                 await self._engine.void(reservation)
@@ -169,14 +195,14 @@ class Proxy:
 
     # --- quote --------------------------------------------------------------------------------------------------
 
-    async def _quote(self, exchange: Exchange, request: web.BaseRequest, operation: Operation) -> Quote | Failure:
+    async def _quote(self, exchange: Exchange, request: web.BaseRequest, api: Api) -> Quote | Failure:
         most_bytes = exchange.config.limits.body_bytes
         raw = await read_body(request, most_bytes)
         if isinstance(raw, Failure):
             return raw
         started = time.perf_counter()
         try:
-            quote = read_quote(exchange.config, operation, raw)
+            quote = read_quote(exchange.config, api, raw)
         except InvalidRequest as error:
             return errors.invalid_body(error)
         exchange.ask = quote.ask if isinstance(quote, Quote) else None
@@ -224,59 +250,6 @@ class Proxy:
                 self._reports.decide(exchange, "denied", failure.code, name)
                 return self._reports.fail(exchange, failure, funds_headers(outcome.funds))
 
-    # --- forward ------------------------------------------------------------------------------------------------
-
-    async def _forward(
-        self, exchange: Exchange, request: web.BaseRequest, quote: Quote, reservation: Reservation
-    ) -> web.StreamResponse:
-        started = time.perf_counter()
-        upstream = exchange.config.upstreams[quote.model.upstream]
-        payable = reservation.reserved.payg_nano
-        if exchange.slice_tokens is not None:  # the hold will grow, as far as there are credits
-            payable = max(payable, payable_nano(reservation.reserved.funds, reservation.plan))
-        affordable = affordable_output(quote.bound, quote.model, payable * FEMTO_PER_NANO)
-        if affordable < quote.bound.output_tokens_each or affordable < (quote.ask.max_tokens or 0):
-            exchange.max_tokens = affordable
-        quote = replace(quote, bound=replace(quote.bound, output_tokens_each=affordable))
-        body = forwarded_body(quote, upstream)
-        path = PATHS[quote.ask.operation]
-        self._reports.spent(exchange, "forward", started)
-        self._metrics.upstream_started(upstream.name)
-        try:
-            async with self._client.send(upstream, "POST", path, request.headers, body) as answer:
-                if answer.status != 200:
-                    return await self._pass_error(exchange, answer)
-                if quote.ask.stream and answer.content_type == "text/event-stream":
-                    return await self._relay.relay(exchange, request, quote, answer)
-                return await self._whole(exchange, quote, answer)
-        except UpstreamError as error:
-            log.warning("%s: upstream %s: %s", exchange.id, upstream.name, error)
-            return self._reports.fail(exchange, errors.upstream_failed(error))
-        finally:
-            self._metrics.upstream_ended(upstream.name)
-
-    async def _pass_error(self, exchange: Exchange, answer: UpstreamAnswer) -> web.Response:
-        if answer.status in (401, 402, 403):  # about the operator's key or credits, not the customer's
-            log.error("%s: the upstream refuses the gateway's key (status %d)", exchange.id, answer.status)
-            return self._reports.fail(exchange, errors.upstream_auth())
-        if answer.status < 400:
-            return self._reports.fail(exchange, errors.upstream_unavailable())
-        body = await answer.body(_MOST_ERROR_BYTES)
-        exchange.reason = "upstream_error"
-        failure = errors.upstream_error(answer.status, _error_of(body))
-        return failure.response(exchange.id, _retry_header(answer))
-
-    async def _whole(self, exchange: Exchange, quote: Quote, answer: UpstreamAnswer) -> web.StreamResponse:
-        body = await answer.body(exchange.config.limits.response_bytes)
-        read = read_answer(body, quote.ask.operation)
-        if read is None:
-            log.warning("%s: the upstream's answer is not a JSON object", exchange.id)
-            return self._reports.fail(exchange, errors.upstream_unavailable())
-        self._reports.watch_overrun(exchange, quote, read.usage)
-        await self._settling.charge(exchange, quote.model, read.tokens(quote.ask, quote.bound))
-        headers = credit_headers(exchange)
-        return web.Response(body=body, headers={**headers, "Content-Type": answer.content_type_header})
-
     # --- models -------------------------------------------------------------------------------------------------
 
     async def _list_models(self, exchange: Exchange, path: str) -> web.Response:
@@ -284,8 +257,7 @@ class Proxy:
         body = await self._models.one(name) if name else await self._models.all()
         if body is None:
             return self._reports.fail(exchange, errors.unknown_model(name))
-        headers = {"x-request-id": exchange.id, "request-id": exchange.id}
-        return web.Response(body=body, content_type="application/json", headers=headers)
+        return web.Response(body=body, content_type="application/json", headers=request_headers(exchange))
 
 
 def _secret_of(headers: Mapping[str, str]) -> str | None:
@@ -300,19 +272,3 @@ def _secret_of(headers: Mapping[str, str]) -> str | None:
 def _repeat_of(request: web.BaseRequest, quote: Quote, identity: Identity) -> RepeatKey | Failure | None:
     key = request.headers.get("Idempotency-Key")
     return None if key is None else repeat_key(quote, identity.account, key)
-
-
-def _error_of(body: bytes) -> dict[str, object]:
-    """The error object in an upstream's answer, empty where there is none with a message."""
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return {}
-    error = document.get("error") if isinstance(document, dict) else None
-    return error if isinstance(error, dict) and isinstance(error.get("message"), str) else {}
-
-
-def _retry_header(answer: UpstreamAnswer) -> dict[str, str]:
-    """The upstream's Retry-After, cut to a minute: some SDKs sleep however long it says."""
-    text = answer.headers.get("Retry-After", "")
-    return {"Retry-After": str(min(int(text), _MOST_RETRY_S))} if text.isascii() and text.isdigit() else {}

@@ -5,25 +5,21 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 from aiohttp import web
 from aiohttp.web_exceptions import HTTPException
 
+from gateway.apis.api import Api
+from gateway.apis.free import FreeApi
 from gateway.config.model import GatewayConfig, Upstream
 from gateway.credits.service import RepeatKey
 from gateway.domain.model import Model
-from gateway.domain.request import Ask, Bound, InvalidRequest, Operation, bound_of, read_request
+from gateway.domain.request import Ask, Bound, InvalidRequest, bound_of
 from gateway.http import errors
 from gateway.http.errors import Failure
 
-METERED: Mapping[str, Operation] = {
-    "/chat/completions": "chat",
-    "/completions": "text_completion",
-    "/embeddings": "embeddings",
-}
-PATHS = {operation: path for path, operation in METERED.items()}
-LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")
 # What a body may hold at most: parsing takes seconds and gigabytes where megabytes of it are brackets.
 _MOST_CONTAINERS = 200_000
 _MOST_VALUES = 2_000_000
@@ -35,12 +31,13 @@ _HASH_DIGITS = 24
 @dataclass(frozen=True, slots=True)
 class Quote:
     """A request that may be reserved for: what it asks, of which model, and its bound. body: what will be forwarded,
-    but for its limit and stream_options, which come before it."""
+    but for the fields that the gateway writes anew, which come before it; taken: what the client wrote in them."""
 
+    api: Api
     ask: Ask
     model: Model
     bound: Bound
-    stream_options: dict[str, object]
+    taken: Mapping[str, Any]
     body: bytes
 
 
@@ -65,32 +62,53 @@ async def read_body(request: web.BaseRequest, most_bytes: int) -> bytes | Failur
     return b"".join(parts)
 
 
-def read_quote(config: GatewayConfig, operation: Operation, raw: bytes) -> Quote | Failure:
+def _read_json(raw: bytes) -> object:
+    """A body, decoded. Raises InvalidRequest."""
+    if raw.count(b"{") + raw.count(b"[") > _MOST_CONTAINERS or raw.count(b",") > _MOST_VALUES:
+        raise InvalidRequest("it has too many values")
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"it is not JSON: {error}") from error
+
+
+def read_quote(config: GatewayConfig, api: Api, raw: bytes) -> Quote | Failure:
     """What is priced is what is forwarded: the document is written anew, so that duplicate keys and odd encodings
     mean the same on both sides, and the length of what is forwarded bounds the tokens of its text.
 
     Raises InvalidRequest."""
-    if raw.count(b"{") + raw.count(b"[") > _MOST_CONTAINERS or raw.count(b",") > _MOST_VALUES:
-        raise InvalidRequest("it has too many values")
-    try:
-        body = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"it is not JSON: {error}") from error
+    body = _read_json(raw)
     model = _model_of(config, body)
     allowed = config.upstreams[model.upstream].allow_fields if model else ()
     try:
-        ask = read_request(operation, body, 0, allowed)
+        ask = api.read(body, allowed)
         if model is None:
             return errors.unknown_model(ask.model)
         assert isinstance(body, dict)  # read_request refuses anything else
-        options = body.pop("stream_options", None) or {}
-        for name in LIMIT_FIELDS:
-            body.pop(name, None)
-        forwarded = orjson.dumps(body)
+        if not api.sells(model):
+            raise InvalidRequest(f"the model {ask.model!r} has no price for {api.path}", "model")
+        taken = {name: body.pop(name) for name in api.set_fields if name in body}
+        forwarded = orjson.dumps(_renamed(body, model))
     except orjson.JSONEncodeError as error:
         raise InvalidRequest("it is nested too deeply") from error
     ask = ask.of_size(len(forwarded))
-    return Quote(ask, model, bound_of(ask, model), options, forwarded)
+    return Quote(api, ask, model, bound_of(ask, model), taken, forwarded)
+
+
+def read_free(config: GatewayConfig, api: FreeApi, raw: bytes) -> tuple[Upstream, bytes] | Failure:
+    """Where a request that costs nothing goes, and its body there. Raises InvalidRequest."""
+    body = _read_json(raw)
+    name = api.model_of(body)
+    model = config.models.get(name)
+    if model is None:
+        return errors.unknown_model(name)
+    upstream = config.upstreams[model.upstream]
+    return upstream, orjson.dumps(_renamed(body, model)) if isinstance(body, dict) and model.sent_as else raw
+
+
+def _renamed(body: dict[str, Any], model: Model) -> dict[str, Any]:
+    """The body with the model as its upstream calls it."""
+    return {**body, "model": model.sent_as} if model.sent_as else body
 
 
 def _model_of(config: GatewayConfig, body: object) -> Model | None:
@@ -102,8 +120,8 @@ def repeat_key(quote: Quote, account: str, key: str) -> RepeatKey | Failure:
     """What tells the store whether a request came before. key: the client's Idempotency-Key header."""
     if not _KEY.fullmatch(key):
         return errors.invalid_idempotency_key()
-    # What the gateway itself sets in a body, by the credits of the moment, is no part of what was asked.
-    asked = orjson.dumps([quote.ask.operation, quote.ask.max_tokens, quote.stream_options])
+    # As the client wrote it: what the gateway sets, by the credits of the moment, is no part of what was asked.
+    asked = orjson.dumps([quote.api.name, quote.taken])
     return RepeatKey(key_hash=_hash(f"{account}\n{key}".encode()), body_hash=_hash(asked + quote.body))
 
 
@@ -113,14 +131,5 @@ def _hash(data: bytes) -> str:
 
 def forwarded_body(quote: Quote, upstream: Upstream) -> bytes:
     """The body for the upstream: what was priced, its output limited to what is held, its usage asked for."""
-    first: dict[str, object] = {}
-    if quote.bound.answers:
-        first[upstream.limit_field] = quote.bound.output_tokens_each
-    options = quote.stream_options
-    if quote.ask.stream and upstream.stream_usage:
-        options = {**options, "include_usage": True}
-        if upstream.count_output == "usage" and quote.bound.answers == 1:
-            options["continuous_usage_stats"] = True
-    if options:
-        first["stream_options"] = options
+    first = quote.api.written_anew(quote.ask, quote.bound, quote.taken, upstream)
     return orjson.dumps(first)[:-1] + b"," + quote.body[1:] if first else quote.body

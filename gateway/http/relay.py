@@ -11,6 +11,7 @@ from gateway.credits.errors import StoreError
 from gateway.credits.service import CreditEngine
 from gateway.domain.forecast import OutputForecast
 from gateway.http import errors
+from gateway.http.browser import let_page_read
 from gateway.http.errors import Failure
 from gateway.http.exchange import Exchange, cost_fields, credit_headers
 from gateway.http.holding import CreditsEnded, StreamHold
@@ -54,7 +55,7 @@ class StreamRelay:
         Raises ConnectionResetError where the client has hung up. A reservation that has not ended then is to be voided.
         """
         upstream = exchange.config.upstreams[quote.model.upstream]
-        events = EventStream(quote.ask, quote.bound, upstream.count_output)
+        events = exchange.events = quote.api.stream(quote.ask, quote.bound, upstream.count_output)
         response = exchange.response = web.StreamResponse(
             headers={
                 **credit_headers(exchange),
@@ -63,6 +64,7 @@ class StreamRelay:
                 "X-Accel-Buffering": "no",
             }
         )
+        let_page_read(exchange, response)
         stream = _Stream(exchange, request, quote, answer, events, response)
         try:
             return await self._run(stream)
@@ -82,7 +84,7 @@ class StreamRelay:
             return await self._break_off(stream, failure)
         if not events.failed and not exchange.ended:
             self._learn(stream)
-            await self._settling.charge(exchange, stream.quote.model, events.tokens(complete=True))
+            await self._settling.charge(exchange, stream.quote.model, events.metered(complete=True))
         if not stream.response.prepared:
             await stream.response.prepare(stream.request)
         await write(stream.response, events.closing(cost_fields(exchange.settlement)), last=True)
@@ -117,7 +119,7 @@ class StreamRelay:
             hold.close()
         if events.done or events.failed:
             return None
-        log.warning("%s: the upstream's stream ended without [DONE]", exchange.id)
+        log.warning("%s: the upstream's stream ended too early", exchange.id)
         return errors.upstream_unavailable()
 
     def _learn(self, stream: _Stream) -> None:
@@ -158,15 +160,15 @@ class StreamRelay:
         await self._charge_as_seen(stream)
 
     async def _charge_as_seen(self, stream: _Stream) -> None:
-        await self._settling.charge(stream.exchange, stream.quote.model, stream.events.tokens(complete=False))
+        await self._settling.charge(stream.exchange, stream.quote.model, stream.events.metered(complete=False))
 
     async def _break_off(self, stream: _Stream, failure: Failure) -> web.StreamResponse:
         exchange = stream.exchange
         if not stream.response.prepared:
             return self._reports.fail(exchange, failure)
-        # The SDKs take a clean end without [DONE] for success: the stream must end in an error that they see.
+        # The SDKs take a clean end for success, whatever was missing: the stream must end in an error that they see.
         exchange.reason = failure.code
-        await write(stream.response, failure.event(exchange.id), last=True)
+        await write(stream.response, self._reports.event(exchange, failure), last=True)
         return stream.response
 
 

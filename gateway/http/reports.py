@@ -26,7 +26,12 @@ class Reports:
         """The error's answer; noted for the log."""
         exchange.status = failure.status
         exchange.reason = exchange.reason or failure.code
-        return failure.response(exchange.id, headers)
+        return _in_dialect(exchange, failure).response(exchange.id, headers)
+
+    def event(self, exchange: Exchange, failure: Failure) -> bytes:
+        """The same as the last event of a stream that has begun, in the form of that stream."""
+        assert exchange.events is not None
+        return exchange.events.error_event(_in_dialect(exchange, failure).body(exchange.id))
 
     def spent(self, exchange: Exchange, phase: Phase, started: float) -> None:
         """Add the time since started (time.perf_counter) to the gateway's own part of the request."""
@@ -38,6 +43,10 @@ class Reports:
         """Note whether the request was admitted. reason: the error's code, or where its credits come from."""
         exchange.decision, exchange.reason = decision, reason if decision == "denied" else None
         self._metrics.decided("admitted" if decision == "admitted" else "denied", reason, plan)
+
+    def free(self, exchange: Exchange) -> None:
+        """Note that the request costs nothing."""
+        exchange.decision = "free"
 
     def truncated(self, exchange: Exchange) -> None:
         """Note that a stream was ended because credits had."""
@@ -57,8 +66,8 @@ class Reports:
                 ask.model,
                 exchange.config.models[ask.model].upstream,
                 now - exchange.started,
-                exchange.tokens.input,
-                exchange.tokens.output,
+                exchange.metered.input,
+                exchange.metered.output,
                 first_byte_s,
             )
         log_request(
@@ -81,3 +90,7 @@ class Reports:
         if usage is not None and exceeds(usage, quote.bound):
             log.error("%s: %s reports %s, more than the bound %s", exchange.id, quote.model.name, usage, quote.bound)
             self._metrics.overrun(quote.model.upstream)
+
+
+def _in_dialect(exchange: Exchange, failure: Failure) -> Failure:
+    return failure.for_anthropic() if exchange.dialect == "anthropic" else failure

@@ -5,8 +5,8 @@ import time
 
 from gateway.credits.errors import EngineError, StoreError
 from gateway.credits.service import CreditEngine
+from gateway.domain.metered import Metered
 from gateway.domain.model import Model
-from gateway.domain.price import Tokens
 from gateway.http.exchange import Exchange
 from gateway.http.holding import note_of
 from gateway.http.reports import Reports
@@ -21,12 +21,12 @@ class Settling:
         self._engine = engine
         self._reports = reports
 
-    async def charge(self, exchange: Exchange, model: Model, tokens: Tokens) -> None:
+    async def charge(self, exchange: Exchange, model: Model, tokens: Metered) -> None:
         """Settle the exchange's reservation, which has ended then whatever the store says. Raises only what cancels."""
         started = time.perf_counter()
         assert exchange.reservation is not None
         exchange.ended = True
-        exchange.tokens = tokens
+        exchange.metered = tokens
         note = note_of(exchange, model, tokens)
         try:
             exchange.settlement = await self._engine.settle(exchange.reservation, model.prices.femto(tokens), note)

@@ -13,6 +13,7 @@ from prometheus_client.exposition import choose_encoder
 
 from gateway import __version__
 from gateway.domain.money import NANO_PER_CREDIT
+from gateway.domain.request import Operation
 
 OTHER = "other"
 
@@ -23,7 +24,6 @@ Decision = Literal["admitted", "denied"]
 PaidFrom = Literal["allowance", "payg"]
 Cause = Literal["settled", "voided"]
 Phase = Literal["authenticate", "quote", "reserve", "forward", "settle"]
-Operation = Literal["chat", "text_completion", "embeddings"]
 
 # A phase takes well under a millisecond; the wide upper buckets show when it stops doing so.
 _FAST_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)

@@ -6,6 +6,7 @@ UpstreamError
     └── DeadlinePassed    the answer took longer than the gateway lets any take
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 
@@ -21,6 +22,8 @@ _FORWARDED_PREFIX = "anthropic-"
 
 # Shorter than the 5 s after which uvicorn closes an idle connection: a request must not meet a closing one.
 _KEEP_ALIVE_S = 4.0
+# A server that is being replaced is back soon.
+_RECONNECT_PAUSE_S = 0.2
 
 
 class UpstreamError(Exception):
@@ -98,7 +101,8 @@ class UpstreamClient:
     ) -> AsyncIterator[UpstreamAnswer]:
         """Send a request (path: below the base URL); the answer, until the block is left.
 
-        Leaving it before the body's end closes the connection, which tells the upstream to stop.
+        Leaving it before the body's end closes the connection, which tells the upstream to stop. Where no connection is
+        to be had it is tried once more, because nothing was sent then; whatever came of a request that was sent stands.
         Raises UpstreamUnavailable and UpstreamTimeout.
         """
         timeout = aiohttp.ClientTimeout(
@@ -106,8 +110,9 @@ class UpstreamClient:
             sock_connect=upstream.connect_timeout_ms / 1000,
             sock_read=upstream.idle_timeout_ms / 1000,
         )
-        with _mapped_errors():
-            response = await self._session.request(
+
+        async def request() -> aiohttp.ClientResponse:
+            return await self._session.request(
                 method,
                 upstream.base_url + path,
                 data=body,
@@ -115,6 +120,13 @@ class UpstreamClient:
                 timeout=timeout,
                 allow_redirects=False,
             )
+
+        with _mapped_errors():
+            try:
+                response = await request()
+            except aiohttp.ClientConnectorError:
+                await asyncio.sleep(_RECONNECT_PAUSE_S)
+                response = await request()
         try:
             yield UpstreamAnswer(response)
         finally:
@@ -133,7 +145,11 @@ def _headers_for(upstream: Upstream, headers: Mapping[str, str], *, has_body: bo
     if has_body:
         chosen["Content-Type"] = "application/json"
     if upstream.api_key:
-        chosen["Authorization"] = f"Bearer {upstream.api_key.reveal()}"
+        key = upstream.api_key.reveal()
+        if upstream.key_header == "x-api-key":
+            chosen["x-api-key"] = key
+        else:
+            chosen["Authorization"] = f"Bearer {key}"
     return chosen
 
 

@@ -13,9 +13,9 @@ from statistics import median
 
 import aiohttp
 
+from gateway.apis.chat_stream import ChatStream
 from gateway.config.model import CountOutput
 from gateway.domain.request import Ask, Bound
-from gateway.upstream.sse import EventStream
 from tests.upstreams.llama import CONTEXT_TOKENS, MODEL_NAME, PARALLEL, running_llama
 
 RULES: tuple[CountOutput, ...] = ("chunks", "bytes", "usage")
@@ -24,7 +24,7 @@ _WORDS = "why does the quick brown fox jump over a lazy dog naïve 東京 42 {} 
 
 async def _count(session: aiohttp.ClientSession, url: str, prompt: str, max_tokens: int) -> dict[CountOutput, float]:
     bound = Bound(CONTEXT_TOKENS, 1, max_tokens)
-    streams = {rule: EventStream(Ask("chat", MODEL_NAME, None, stream=True), bound, rule) for rule in RULES}
+    streams = {rule: ChatStream(Ask("chat", MODEL_NAME, None, stream=True), bound, rule) for rule in RULES}
     body = {
         "model": MODEL_NAME,
         "messages": [{"role": "user", "content": prompt}],

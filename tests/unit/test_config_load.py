@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.config.fields import MOST_PRICE, MOST_TOKENS
+from gateway.config.fields import MOST_TOKENS
 from gateway.config.load import ConfigError, load, shipped_dir
 from gateway.config.model import (
     Address,
@@ -18,10 +18,12 @@ from gateway.config.model import (
     StoreConfig,
     Upstream,
 )
+from gateway.config.prices import MOST_PRICE
+from gateway.domain.metered import Metered
 from gateway.domain.model import Model
 from gateway.domain.money import MAX_NANO
 from gateway.domain.plan import Allowance, Plan
-from gateway.domain.price import TokenPrices, Tokens, femto_per_token
+from gateway.domain.price import Prices, TokenPrices, femto_per_unit
 
 UPSTREAMS = "upstreams:\n  local: {base_url: http://127.0.0.1:8000/v1}\n"
 PLANS = "plans:\n  standard: {default: true, allowance: {per_window: 0.10, refresh: 24h}}\n"
@@ -64,7 +66,7 @@ def test_the_smallest_configuration_has_the_defaults_of_the_model(tmp_path: Path
         default_plan="standard",
         models={
             "tiny": Model(
-                "tiny", "local", TokenPrices(1_000_000_000, 2_000_000_000), 4096, 512, price_version="a9b0337f"
+                "tiny", "local", Prices(TokenPrices(1_000_000_000, 2_000_000_000)), 4096, 512, price_version="a9b0337f"
             )
         },
         limits=Limits(),
@@ -134,7 +136,9 @@ models:
         },
         default_plan="prepaid",
         models={
-            "m/x": Model("m/x", "far", TokenPrices(30_500_000, 0, 10_000_000, 20_000_000), 10, 10, 0, True, "96035883")
+            "m/x": Model(
+                "m/x", "far", Prices(TokenPrices(30_500_000, 0, 10_000_000, 20_000_000)), 10, 10, 0, True, "96035883"
+            )
         },
         limits=Limits(1024, 4096),
         archive=ArchiveConfig("postgresql://user:hunter2@db:5432/ledger?sslmode=require"),
@@ -227,8 +231,8 @@ def test_the_shipped_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
         "developer": Plan("developer", (Allowance("monthly", 150_000_000_000, 28_800_000),), 900_000),
     }
     llama = config.models["meta-llama/Llama-3.3-70B-Instruct"]
-    assert llama.prices == TokenPrices(638_000_000, 768_000_000, 319_000_000)
-    assert any(model.prices.output_femto == 0 for model in config.models.values()), "an embedding model"
+    assert llama.prices == Prices(TokenPrices(638_000_000, 768_000_000, 319_000_000))
+    assert any(model.prices.tokens.output_femto == 0 for model in config.models.values()), "an embedding model"
 
 
 def test_the_shipped_configuration_with_a_key_is_no_demo() -> None:
@@ -263,7 +267,7 @@ def test_a_packaged_copy_goes_before_the_checkout(tmp_path: Path, monkeypatch: p
     ],
 )
 def test_prices_are_exact(tmp_path: Path, unit: str, price: str, femto: int) -> None:
-    assert loaded(tmp_path, with_price(unit, price)).models["tiny"].prices.input_femto == femto
+    assert loaded(tmp_path, with_price(unit, price)).models["tiny"].prices.tokens.input_femto == femto
 
 
 @pytest.mark.parametrize("price", ["2000.000001", "0.000999999", "1_000", "0x10", ".5", ".inf", "1e400", "NaN"])
@@ -273,8 +277,8 @@ def test_prices_outside_the_plausible_or_in_other_notations_are_refused(tmp_path
 
 
 def test_the_dearest_request_is_within_what_the_engine_can_hold() -> None:
-    dearest = femto_per_token(MOST_PRICE.scaleb(-6))
-    cost = TokenPrices(dearest, dearest).cost(Tokens(MOST_TOKENS, MOST_TOKENS), rate_ppm=10_000_000)
+    dearest = femto_per_unit(MOST_PRICE.scaleb(-6))
+    cost = Prices(TokenPrices(dearest, dearest)).cost(Metered(MOST_TOKENS, MOST_TOKENS), rate_ppm=10_000_000)
     assert max(cost.payg_nano, cost.plan_nano) < MAX_NANO
 
 

@@ -7,22 +7,24 @@ from typing import Any, cast
 
 import pytest
 
+from gateway.apis.chat import Chat
+from gateway.apis.chat_stream import ChatStream
 from gateway.config.model import GatewayConfig
 from gateway.credits.errors import StoreUnavailable
 from gateway.credits.service import CreditEngine, Identity, Reservation, Seen
 from gateway.domain.decision import Funds, Reserved, WindowFunds
 from gateway.domain.model import Model
 from gateway.domain.plan import Plan
-from gateway.domain.price import FEMTO_PER_NANO, TokenPrices
+from gateway.domain.price import FEMTO_PER_NANO, Prices, TokenPrices
 from gateway.domain.request import Ask, Bound
 from gateway.http import holding
 from gateway.http.exchange import Exchange
 from gateway.http.holding import CreditsEnded, StreamHold, payable_nano
 from gateway.http.quote import Quote
-from gateway.upstream.sse import UNLIMITED, EventStream
+from gateway.upstream.sse import UNLIMITED
 
 #: A nano-credit per token, so that credits and tokens are the same number.
-MODEL = Model("m", "up", TokenPrices(FEMTO_PER_NANO, FEMTO_PER_NANO), 10_000, 1000, price_version="0a1b2c3d")
+MODEL = Model("m", "up", Prices(TokenPrices(FEMTO_PER_NANO, FEMTO_PER_NANO)), 10_000, 1000, price_version="0a1b2c3d")
 INPUT, SLICE, MOST = 50, 100, 1000
 WORD = b'data: {"choices": [{"index": 0, "delta": {"content": "w"}}]}\n\n'
 
@@ -51,7 +53,7 @@ class FakeEngine:
 class Stream:
     engine: FakeEngine
     hold: StreamHold
-    events: EventStream
+    events: ChatStream
 
     def say(self, words: int) -> None:
         self.events.feed(WORD * words, self.hold.covered)
@@ -76,8 +78,8 @@ async def stream() -> AsyncIterator[Callable[..., Stream]]:
         reserved = Reserved("rsv", INPUT + SLICE, 0, INPUT + SLICE, funds)
         exchange.reservation = Reservation("a", Plan("p"), "m", "k", 0, reserved)
         ask, bound = Ask("chat", "m", 40, stream=True), Bound(INPUT, 1, MOST)
-        events = EventStream(ask, bound)
-        hold = StreamHold(cast(CreditEngine, fake), exchange, Quote(ask, MODEL, bound, {}, b""), events)
+        events = ChatStream(ask, bound)
+        hold = StreamHold(cast(CreditEngine, fake), exchange, Quote(Chat(), ask, MODEL, bound, {}, b""), events)
         made.append(Stream(fake, hold, events))
         return made[-1]
 

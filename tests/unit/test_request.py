@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.apis.registry import APIS
+from gateway.apis.text import MAX_COMPLETIONS, MAX_PROMPTS
 from gateway.domain.model import Model
-from gateway.domain.price import FEMTO_PER_NANO, TokenPrices, Tokens, cost_of
+from gateway.domain.price import FEMTO_PER_NANO, Prices, TokenPrices, cost_of
 from gateway.domain.request import (
-    MAX_COMPLETIONS,
-    MAX_PROMPTS,
     Ask,
     Bound,
     InvalidRequest,
@@ -23,17 +24,22 @@ from gateway.domain.request import (
     bound_of,
     estimated_input,
     least_output,
-    read_request,
     worst_femto,
 )
+from tests.unit.figures import used
 
-MODEL = Model("m", "up", TokenPrices(30_500_000, 777_700_000), context_window=4096, max_output_tokens=1000)
+MODEL = Model("m", "up", Prices(TokenPrices(30_500_000, 777_700_000)), context_window=4096, max_output_tokens=1000)
 HELLO = [{"role": "user", "content": "Hello"}]
 CHAT = {"model": "m", "messages": HELLO}
 TEXT = {"model": "m", "prompt": "Hello"}
 EMBED = {"model": "m", "input": "Hello"}
 BODIES: dict[Operation, dict[str, Any]] = {"chat": CHAT, "text_completion": TEXT, "embeddings": EMBED}
 OPERATIONS: list[Operation] = ["chat", "text_completion", "embeddings"]
+
+
+def read_request(operation: Operation, body: object, size_bytes: int, allowed: Collection[str] = ()) -> Ask:
+    api = next(api for api in APIS.values() if api.name == operation)
+    return api.read(body, allowed).of_size(size_bytes)
 
 
 def read(operation: Operation, **fields: Any) -> Ask:
@@ -155,9 +161,9 @@ def test_an_unknown_field_is_named_but_not_at_length() -> None:
 def test_unknown_fields_may_be_null_or_allowed_by_the_configuration() -> None:
     assert read("chat", n_predict=None).model == "m"
     body = {**CHAT, "top_secret": 1}
-    assert read_request("chat", body, 10, extra_fields={"top_secret"}).model == "m"
+    assert read_request("chat", body, 10, allowed={"top_secret"}).model == "m"
     with pytest.raises(InvalidRequest):
-        read_request("chat", body, 10, extra_fields={"other"})
+        read_request("chat", body, 10, allowed={"other"})
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -265,7 +271,7 @@ def test_the_bound_of_a_small_chat() -> None:
 def test_every_answer_is_in_the_bound(operation: Operation, fields: dict[str, Any], answers: int) -> None:
     most = bound(operation, **fields)
     assert most.answers == answers
-    assert most.tokens(10).output == 10 * answers
+    assert most.metered(10).output == 10 * answers
 
 
 def test_each_prompt_has_its_own_template_and_context_window() -> None:
@@ -278,7 +284,7 @@ def test_each_prompt_has_its_own_template_and_context_window() -> None:
 
 def test_an_echo_adds_the_prompt_to_each_answer() -> None:
     most = bound("text_completion", echo=True, n=2, max_tokens=10)
-    assert most.tokens(10) == Tokens(most.input_tokens, 2 * (10 + most.input_tokens))
+    assert most.metered(10) == used(most.input_tokens, 2 * (10 + most.input_tokens))
 
 
 @pytest.mark.parametrize(("asked", "bounded"), [(1, 1), (999, 999), (1000, 1000), (1001, 1000), (10**9, 1000)])
@@ -360,7 +366,7 @@ def test_a_client_may_ask_for_usage_on_every_chunk(asked: bool | None) -> None:
 # --- what can be paid -----------------------------------------------------------------------------------------------
 
 _PRICED = st.builds(
-    lambda prices: Model("m", "up", TokenPrices(*prices), 4096, 1000),
+    lambda prices: Model("m", "up", Prices(TokenPrices(*prices)), 4096, 1000),
     st.tuples(*[st.integers(0, 10**9)] * 2, *[st.none() | st.integers(0, 10**9)] * 2),
 )
 _BOUNDS = st.builds(Bound, st.integers(0, 10**5), st.integers(0, 130), st.integers(1, 1000), st.booleans())
@@ -378,10 +384,10 @@ def test_the_affordable_output_is_the_most_that_fits(most: Bound, model: Model, 
 
 @given(_BOUNDS, _PRICED, st.data())
 def test_no_use_within_the_bound_costs_more_than_the_worst(most: Bound, model: Model, data: st.DataObject) -> None:
-    tokens = most.tokens(most.output_tokens_each)
+    tokens = most.metered(most.output_tokens_each)
     given_tokens = data.draw(st.integers(0, tokens.input))
-    used = Tokens(given_tokens, data.draw(st.integers(0, tokens.output)), data.draw(st.integers(0, given_tokens)))
-    assert model.prices.femto(used) <= worst_femto(most, model, most.output_tokens_each)
+    spent = used(given_tokens, data.draw(st.integers(0, tokens.output)), data.draw(st.integers(0, given_tokens)))
+    assert model.prices.femto(spent) <= worst_femto(most, model, most.output_tokens_each)
 
 
 @given(_BOUNDS, _PRICED)

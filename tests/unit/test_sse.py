@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.apis.chat_stream import ChatStream, ChoicesStream, TextStream
 from gateway.config.model import CountOutput
-from gateway.domain.price import Tokens
+from gateway.domain.metered import Metered
 from gateway.domain.request import Ask, Bound, Operation
 from gateway.upstream import sse
-from gateway.upstream.sse import BrokenStream, EventStream, Overrun
+from gateway.upstream.sse import BrokenStream, Overrun
 from gateway.upstream.usage import Usage
+from tests.unit.figures import used
 
 DONE = b"data: [DONE]\n\n"
 COST = {"cost": orjson.Fragment("0.000000007"), "credits": {"source": "payg"}}
@@ -39,15 +41,15 @@ def usage_only(prompt: int = 7, completion: int = 5, **members: Any) -> dict[str
 
 def stream_of(
     *, show: bool = False, answers: int = 1, operation: Operation = "chat", output_tokens: int = 1000
-) -> EventStream:
+) -> ChoicesStream:
     """show: whether the client asked for usage. The input is estimated as 10 tokens."""
     ask = Ask(operation, "m", input_bytes=40, completions=answers, stream=True, wants_usage=show)
-    return EventStream(ask, Bound(1000, answers, output_tokens))
+    return (ChatStream if operation == "chat" else TextStream)(ask, Bound(1000, answers, output_tokens))
 
 
 def fed(
     stream: bytes | Iterable[bytes], *, show: bool = False, answers: int = 1, cost: Any = None
-) -> tuple[bytes, EventStream]:
+) -> tuple[bytes, ChoicesStream]:
     """Everything that the client of a stream gets, and the follower afterwards."""
     events = stream_of(show=show, answers=answers)
     chunks = [stream] if isinstance(stream, bytes) else stream
@@ -100,7 +102,7 @@ def test_however_a_stream_is_cut_the_client_gets_the_same(
     once = fed(whole, answers=answers)[1]
     assert (cut.usage, cut.done, cut.failed) == (once.usage, once.done, once.failed)
     for complete in (False, True):
-        assert cut.tokens(complete=complete) == once.tokens(complete=complete)
+        assert cut.metered(complete=complete) == once.metered(complete=complete)
 
 
 @given(_streams(), st.data())
@@ -143,7 +145,7 @@ def test_every_line_end_is_understood(end: bytes) -> None:
     stream = event(words("a"), end=end) + event(usage_only(), end=end) + b"data: [DONE]" + end
     out, events = fed(stream)
     assert out == event(words("a"), end=end) + b"data: [DONE]" + end
-    assert events.tokens(complete=True) == Tokens(7, 5)
+    assert events.metered(complete=True) == used(7, 5)
     assert events.done
 
 
@@ -204,7 +206,7 @@ def test_an_event_of_a_megabyte_passes_in_small_chunks() -> None:
     stream = big + event(usage_only()) + DONE
     out, events = fed(pieces(stream, range(0, len(stream), 65_536)))
     assert out == big + DONE
-    assert events.tokens(complete=True) == Tokens(7, 5)
+    assert events.metered(complete=True) == used(7, 5)
 
 
 def test_an_event_without_end_breaks_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +220,7 @@ def test_an_event_without_end_breaks_the_stream(monkeypatch: pytest.MonkeyPatch)
 def test_what_follows_done_is_dropped() -> None:
     out, events = fed([event(words("a")) + DONE + event(words("b")), event(usage_only(1, 1)), b"trailing"])
     assert out == event(words("a")) + DONE
-    assert events.tokens(complete=True) == Tokens(10, 1)
+    assert events.metered(complete=True) == used(10, 1)
 
 
 def test_llamas_null_is_passed_on() -> None:
@@ -302,7 +304,7 @@ def test_a_usage_that_makes_no_sense_is_hidden_but_not_taken() -> None:
 )
 def test_an_event_with_output_counts_once(delta: dict[str, Any]) -> None:
     stream = event({"choices": [{"index": 0, "delta": delta}]}) * 3 + event(words("")) + event(words("a", None))
-    assert fed(stream)[1].tokens(complete=False) == Tokens(10, 4)
+    assert fed(stream)[1].metered(complete=False) == used(10, 4)
 
 
 def test_an_event_nested_deeper_than_can_be_written_still_passes() -> None:
@@ -318,42 +320,42 @@ def test_an_event_nested_deeper_than_can_be_written_still_passes() -> None:
 
 def test_a_complete_stream_is_charged_by_its_usage() -> None:
     stream = event(words("a long text in one event")) + event(usage_only(7, 5)) + DONE
-    assert fed(stream)[1].tokens(complete=True) == Tokens(7, 5)
+    assert fed(stream)[1].metered(complete=True) == used(7, 5)
 
 
 def test_without_a_usage_events_or_four_bytes_of_text_are_a_token() -> None:
-    assert fed(event(words("a")) * 3 + DONE)[1].tokens(complete=True) == Tokens(10, 3)
-    assert fed(event(words("x" * 41)) + DONE)[1].tokens(complete=True) == Tokens(10, 11)
+    assert fed(event(words("a")) * 3 + DONE)[1].metered(complete=True) == used(10, 3)
+    assert fed(event(words("x" * 41)) + DONE)[1].metered(complete=True) == used(10, 11)
 
 
 def test_who_leaves_pays_for_the_text_behind_the_last_usage_too() -> None:
     stream = event(words("a", usage=usage(7, 1))) + event(words("b")) * 3
-    assert fed(stream)[1].tokens(complete=False) == Tokens(7, 4)
+    assert fed(stream)[1].metered(complete=False) == used(7, 4)
 
 
 def test_of_several_answers_each_event_is_a_token_at_least() -> None:
     stream = event(words("a")) * 6 + event(words("", "stop", usage=usage(7, 3))) + DONE
-    assert fed(stream, answers=2)[1].tokens(complete=True) == Tokens(7, 6)
-    assert fed(stream)[1].tokens(complete=True) == Tokens(7, 3)
+    assert fed(stream, answers=2)[1].metered(complete=True) == used(7, 6)
+    assert fed(stream)[1].metered(complete=True) == used(7, 3)
 
 
 def test_nothing_handed_out_is_nothing_to_pay() -> None:
-    assert fed(event(words("")) + DONE)[1].tokens(complete=True) == Tokens(0, 0)
-    assert fed(event(words("")) + event(usage_only(7, 1)) + DONE)[1].tokens(complete=True) == Tokens(0, 0)
+    assert fed(event(words("")) + DONE)[1].metered(complete=True) == Metered()
+    assert fed(event(words("")) + event(usage_only(7, 1)) + DONE)[1].metered(complete=True) == Metered()
     assert not fed(event(words("")))[1].has_output
 
 
 def test_reasoning_that_is_not_shown_is_paid() -> None:
     hidden = {**usage(7, 500), "completion_tokens_details": {"reasoning_tokens": 500}}
     stream = event(words("")) + event({"choices": [], "usage": hidden}) + DONE
-    assert fed(stream)[1].tokens(complete=True) == Tokens(7, 500)
+    assert fed(stream)[1].metered(complete=True) == used(7, 500, reasoning=500)
 
 
 @given(_streams(), st.booleans(), st.booleans())
 def test_no_stream_is_charged_beyond_the_bound(streams: tuple[bytes, bytes], several: bool, complete: bool) -> None:
     events = stream_of(answers=2 if several else 1, output_tokens=3)
     events.feed(streams[0])
-    tokens = events.tokens(complete=complete)
+    tokens = events.metered(complete=complete)
     assert 0 <= tokens.cache_read <= tokens.input <= 1000
     assert 0 <= tokens.output <= (6 if several else 3)
 
@@ -363,7 +365,7 @@ def test_an_upstream_that_does_not_stop_is_stopped() -> None:
     with pytest.raises(Overrun):
         for _ in range(1000):
             events.feed(event(words("a")))
-    assert events.tokens(complete=False) == Tokens(10, 1)
+    assert events.metered(complete=False) == used(10, 1)
 
 
 def test_what_is_paid_was_handed_out_before_the_stream_is_cut() -> None:
@@ -372,7 +374,7 @@ def test_what_is_paid_was_handed_out_before_the_stream_is_cut() -> None:
     assert events.feed(burst) == burst
     with pytest.raises(Overrun):
         events.feed(event(words("b")))
-    assert events.tokens(complete=False).output == 1
+    assert events.metered(complete=False).output == 1
 
 
 def test_a_little_more_than_was_asked_for_passes() -> None:
@@ -380,7 +382,7 @@ def test_a_little_more_than_was_asked_for_passes() -> None:
     events = stream_of(output_tokens=10)
     for _ in range(20):
         events.feed(event(words("a")))
-    assert events.tokens(complete=False) == Tokens(10, 10)
+    assert events.metered(complete=False) == used(10, 10)
 
 
 @pytest.mark.parametrize("text", ["text", "content"])
@@ -407,7 +409,7 @@ def test_an_answer_in_one_event_with_its_usage_is_paid() -> None:
     }
     events = stream_of()
     assert events.feed(event(document) + b"data: [DONE]\n\n") == b""
-    assert events.tokens(complete=True) == Tokens(3, 2)
+    assert events.metered(complete=True) == used(3, 2)
     assert events.closing(None).startswith(event(document)[:20])
 
 
@@ -444,7 +446,7 @@ def test_output_that_is_not_covered_waits() -> None:
 def test_what_waits_is_not_charged() -> None:
     events = stream_of()
     events.feed(b"".join(chunks_of("a", "b", "c")) + event(usage_only(7, 3)) + DONE, covered=1)
-    assert events.tokens(complete=False) == Tokens(10, 1)
+    assert events.metered(complete=False) == used(10, 1)
     assert not events.done
     assert events.usage is None
 
@@ -484,14 +486,14 @@ def test_however_little_is_covered_at_a_time_the_client_gets_the_same(
             covered = events.wanted
             out += events.release(covered)
     assert out + events.closing(None) == shown
-    assert events.tokens(complete=True) == fed(whole)[1].tokens(complete=True)
+    assert events.metered(complete=True) == fed(whole)[1].metered(complete=True)
 
 
 # --- how output is counted -------------------------------------------------------------------------------------------
 
 
 def counted(rule: CountOutput, *values: Any, answers: int = 1) -> int:
-    events = EventStream(Ask("chat", "m", 40, completions=answers, stream=True), Bound(1000, answers, 1000), rule)
+    events = ChatStream(Ask("chat", "m", 40, completions=answers, stream=True), Bound(1000, answers, 1000), rule)
     events.feed(b"".join(event(value) for value in values))
     return events.counted
 
@@ -501,16 +503,16 @@ def test_escapes_count_as_what_they_stand_for(text: str) -> None:
     assert len(text.encode()) == 8
     for value in (json.dumps(words(text)), json.dumps(words(text), ensure_ascii=False)):
         for rule, tokens in (("chunks", 2), ("bytes", 8)):
-            events = EventStream(Ask("chat", "m", 40, stream=True), Bound(1000, 1, 1000), rule)  # type: ignore[arg-type]
+            events = ChatStream(Ask("chat", "m", 40, stream=True), Bound(1000, 1, 1000), rule)  # type: ignore[arg-type]
             events.feed(b"data: " + value.encode() + b"\n\n")
             assert events.counted == tokens
 
 
 def test_by_bytes_no_text_counts_too_little() -> None:
     assert counted("bytes", words("abc"), words("de")) == 5
-    events = EventStream(Ask("chat", "m", 40, stream=True), Bound(1000, 1, 1000), "bytes")
+    events = ChatStream(Ask("chat", "m", 40, stream=True), Bound(1000, 1, 1000), "bytes")
     events.feed(b"".join(chunks_of("abcd", "efgh")))
-    assert events.tokens(complete=False).output == 2  # but no customer pays a token per byte
+    assert events.metered(complete=False).output == 2  # but no customer pays a token per byte
 
 
 def test_by_usage_the_last_report_and_what_came_since_count() -> None:
@@ -520,7 +522,7 @@ def test_by_usage_the_last_report_and_what_came_since_count() -> None:
 
 
 def test_by_usage_an_event_is_covered_only_if_its_own_report_is() -> None:
-    events = EventStream(Ask("chat", "m", 40, stream=True), Bound(1000, 1, 1000), "usage")
+    events = ChatStream(Ask("chat", "m", 40, stream=True), Bound(1000, 1, 1000), "usage")
     assert events.feed(event(words("a", usage=usage(7, 9))), covered=8) == b""
     assert events.wanted == 9
 
@@ -530,25 +532,25 @@ def test_by_usage_several_answers_count_by_chunks() -> None:
 
 
 def test_a_running_usage_is_charged_exactly_when_the_stream_ends_early() -> None:
-    events = EventStream(Ask("chat", "m", 40, stream=True), Bound(1000, 1, 1000), "usage")
+    events = ChatStream(Ask("chat", "m", 40, stream=True), Bound(1000, 1, 1000), "usage")
     events.feed(event(words("a text of more than four bytes", usage=usage(7, 3))) + event(words("b")))
-    assert events.tokens(complete=False) == Tokens(7, 4)
+    assert events.metered(complete=False) == used(7, 4)
 
 
 @pytest.mark.parametrize("show", [False, True])
 def test_running_usage_is_not_shown_to_who_did_not_ask(show: bool) -> None:
     ask = Ask("chat", "m", 40, stream=True, wants_usage=show)
-    events = EventStream(ask, Bound(1000, 1, 1000), "usage")
+    events = ChatStream(ask, Bound(1000, 1, 1000), "usage")
     chunks = (words("a", usage=usage(7, 1)), words("", "stop", usage=usage(7, 1)), usage_only(7, 1))
     out = events.feed(b"".join(event(chunk) for chunk in chunks) + DONE) + events.closing(None)
     shown = [orjson.loads(line[6:]) for line in out.splitlines() if line.startswith(b"data: {")]
     assert [bool(chunk.get("usage")) for chunk in shown] == ([False, False, True] if show else [False, False])
-    assert events.tokens(complete=True) == Tokens(7, 1)
+    assert events.metered(complete=True) == used(7, 1)
 
 
 def test_running_usage_is_shown_to_who_asked() -> None:
     ask = Ask("chat", "m", 40, stream=True, wants_usage=True, wants_running_usage=True)
-    events = EventStream(ask, Bound(1000, 1, 1000), "usage")
+    events = ChatStream(ask, Bound(1000, 1, 1000), "usage")
     stream = (
         event(words("a", usage=usage(7, 1))) + event(words("", "stop", usage=usage(7, 1))) + event(usage_only(7, 1))
     )
@@ -561,7 +563,7 @@ QUOTA = {"ended_by": "credits", "code": "insufficient_quota"}
 FRAME = {"id": "c1", "object": "chat.completion.chunk", "created": 5, "model": "upstream-m"}
 
 
-def closing_of(events: EventStream, cost: Any = None) -> list[Any]:
+def closing_of(events: ChoicesStream, cost: Any = None) -> list[Any]:
     *values, done = events.closing(cost).split(b"\n\n")[:-1]
     assert done == b"data: [DONE]"
     return [json.loads(value.removeprefix(b"data: ")) for value in values]
@@ -574,7 +576,7 @@ def test_a_stream_cut_short_ends_as_if_at_its_limit_and_says_why() -> None:
     assert events.done
     choice = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "length"}
     assert closing_of(events) == [{**FRAME, "choices": [choice], "quota": QUOTA}]
-    assert events.tokens(complete=False) == Tokens(10, 1)
+    assert events.metered(complete=False) == used(10, 1)
 
 
 def test_of_several_answers_only_those_still_open_are_ended() -> None:
@@ -618,4 +620,4 @@ def test_a_stream_of_nothing_can_be_cut_short() -> None:
     events.feed(b'data: {"content": "no chunk"}\n\n', covered=0)
     events.cut_short(QUOTA)
     assert closing_of(events)[0]["choices"][0]["finish_reason"] == "length"
-    assert events.tokens(complete=False) == Tokens(0, 0)
+    assert events.metered(complete=False) == Metered()

@@ -8,12 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.domain.price import Tokens
+from gateway.apis.registry import APIS
+from gateway.domain.metered import Metered
 from gateway.domain.request import Ask, Bound, Operation
-from gateway.upstream.usage import Answer, Usage, billed, billed_without_usage, exceeds, read_answer, read_usage
+from gateway.upstream.usage import Answer, Usage, billed, billed_without_usage, exceeds, read_usage
+from tests.unit.figures import used
 
 BOUND = Bound(input_tokens=100, answers=2, output_tokens_each=10)
 ASK = Ask("chat", "m", input_bytes=41)
+
+
+def read_answer(body: bytes, operation: Operation) -> Answer | None:
+    return next(api for api in APIS.values() if api.name == operation).read_answer(body)
+
+
 OPERATIONS: list[Operation] = ["chat", "text_completion", "embeddings"]
 
 _FLOATS = st.floats(allow_nan=False, allow_infinity=False)
@@ -50,8 +58,8 @@ _ANSWERS = _JSON | st.fixed_dictionaries(
 )
 
 
-def within(tokens: Tokens, bound: Bound) -> bool:
-    most = bound.tokens(bound.output_tokens_each)
+def within(tokens: Metered, bound: Bound) -> bool:
+    most = bound.metered(bound.output_tokens_each)
     return (
         0 <= tokens.input <= most.input
         and 0 <= tokens.output <= most.output
@@ -68,57 +76,63 @@ def test_a_usual_usage_is_billed_as_it_is() -> None:
         "prompt_tokens": 90,
         "completion_tokens": 20,
         "total_tokens": 110,
-        "prompt_tokens_details": {"cached_tokens": 80, "cache_write_tokens": 3, "audio_tokens": 0},
-        "completion_tokens_details": {"reasoning_tokens": 15},
+        "prompt_tokens_details": {"cached_tokens": 80, "cache_write_tokens": 3, "audio_tokens": 4},
+        "completion_tokens_details": {"reasoning_tokens": 15, "audio_tokens": 2},
     }
-    usage = read_usage(said, "chat")
-    assert usage == Usage(90, 20, 80, 3, 15)
-    assert billed(usage, ASK, BOUND) == Tokens(input=90, output=20, cache_read=80, cache_write=3)
+    usage = read_usage(said)
+    assert usage == Usage(90, 20, 80, 3, 15, 4, 2)
+    kinds = {"cache_read": 80, "cache_write": 3, "audio_input": 4, "audio_output": 2, "reasoning": 15}
+    assert billed(usage, ASK, BOUND) == Metered(input=90, output=20, **kinds, requests=1)
+
+
+def test_parts_never_come_to_more_than_the_whole() -> None:
+    metered = billed(Usage(50, 12, 40, 30, 99, 98, 10), ASK, BOUND)
+    assert metered == Metered(50, 12, cache_read=40, cache_write=10, audio_output=10, reasoning=2, requests=1)
 
 
 @pytest.mark.parametrize("completion", [{}, {"completion_tokens": None}, {"completion_tokens": 0}])
 def test_embeddings_have_no_output(completion: dict[str, Any]) -> None:
-    assert read_usage({"prompt_tokens": 7, "total_tokens": 7, **completion}, "embeddings") == Usage(7, 0)
+    assert read_usage({"prompt_tokens": 7, "total_tokens": 7, **completion}, has_output=False) == Usage(7, 0)
 
 
 def test_output_that_is_only_in_the_total_is_read() -> None:
-    assert read_usage({"prompt_tokens": 7, "total_tokens": 12}, "chat") == Usage(7, 5)
+    assert read_usage({"prompt_tokens": 7, "total_tokens": 12}) == Usage(7, 5)
 
 
 @pytest.mark.parametrize("total", [{}, {"total_tokens": 7}, {"total_tokens": 3}, {"total_tokens": "12"}])
 def test_a_usage_without_output_is_none(total: dict[str, Any]) -> None:
-    assert read_usage({"prompt_tokens": 7, **total}, "chat") is None
+    assert read_usage({"prompt_tokens": 7, **total}) is None
 
 
 @pytest.mark.parametrize("bad", [-1, True, False, 7.0, 7.5, "7", [7], {"tokens": 7}, 1e400])
 @pytest.mark.parametrize("field", ["prompt_tokens", "completion_tokens"])
 def test_a_count_that_is_none_is_no_usage(field: str, bad: object) -> None:
-    assert read_usage({"prompt_tokens": 7, "completion_tokens": 5, field: bad}, "chat") is None
+    assert read_usage({"prompt_tokens": 7, "completion_tokens": 5, field: bad}) is None
 
 
 @pytest.mark.parametrize("usage", [None, 5, "usage", [], {}, {"completion_tokens": 5}, {"prompt_tokens": None}])
 def test_what_has_no_counts_is_no_usage(usage: object) -> None:
-    assert read_usage(usage, "chat") is None
+    assert read_usage(usage) is None
 
 
 @pytest.mark.parametrize("details", [None, 5, [], {}, {"cached_tokens": None}, {"cached_tokens": -3}])
 def test_a_cache_that_makes_no_sense_is_none(details: object) -> None:
     usage = {"prompt_tokens": 7, "completion_tokens": 5, "prompt_tokens_details": details}
-    assert read_usage(usage, "chat") == Usage(7, 5, 0)
+    assert read_usage(usage) == Usage(7, 5, 0)
 
 
 @pytest.mark.parametrize("cached", [8, 10**18])
 def test_no_more_is_cached_than_was_sent(cached: int) -> None:
-    assert billed(Usage(7, 5, cached, cached), ASK, BOUND) == Tokens(input=7, output=5, cache_read=7)
+    assert billed(Usage(7, 5, cached, cached), ASK, BOUND) == used(input_tokens=7, output=5, cache_read=7)
 
 
 def test_absurd_counts_are_billed_as_the_bound() -> None:
-    assert billed(Usage(10**18, 10**18, 10**18), ASK, BOUND) == Tokens(input=100, output=20, cache_read=100)
+    assert billed(Usage(10**18, 10**18, 10**18), ASK, BOUND) == used(input_tokens=100, output=20, cache_read=100)
 
 
 def test_an_echoed_prompt_is_output_too() -> None:
     bound = Bound(input_tokens=100, answers=2, output_tokens_each=10, echo=True)
-    assert billed(Usage(100, 10**18), ASK, bound) == Tokens(input=100, output=220)
+    assert billed(Usage(100, 10**18), ASK, bound) == used(input_tokens=100, output=220)
 
 
 def test_of_two_reports_the_prompt_counts_once() -> None:
@@ -128,8 +142,8 @@ def test_of_two_reports_the_prompt_counts_once() -> None:
 
 def test_several_prompts_are_charged_what_they_cannot_be_less_than() -> None:
     ask = Ask("text_completion", "m", input_bytes=41, prompts=2, least_input_tokens=30)
-    assert billed(Usage(7, 5), ask, BOUND) == Tokens(input=30, output=5)
-    assert billed(Usage(70, 5), ask, BOUND) == Tokens(input=70, output=5)
+    assert billed(Usage(7, 5), ask, BOUND) == used(input_tokens=30, output=5)
+    assert billed(Usage(70, 5), ask, BOUND) == used(input_tokens=70, output=5)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +157,7 @@ def test_more_than_the_bound_is_noticed(usage: Usage, beyond: bool) -> None:
 def test_no_usage_is_billed_beyond_the_bound(
     document: object, operation: Operation, bound: Bound, least_input: int, least_output: int
 ) -> None:
-    usage = read_usage(document, operation)
+    usage = read_usage(document, has_output=operation != "embeddings")
     if usage is not None:
         assert min(asdict(usage).values()) >= 0
         ask = Ask(operation, "m", 41, least_input_tokens=least_input)
@@ -154,11 +168,11 @@ def test_no_usage_is_billed_beyond_the_bound(
 
 
 def test_without_a_usage_four_bytes_of_input_are_a_token() -> None:
-    assert billed_without_usage(ASK, BOUND, 5) == Tokens(input=11, output=5)
+    assert billed_without_usage(ASK, BOUND, 5) == used(input_tokens=11, output=5)
 
 
 def test_without_a_usage_an_input_that_is_not_text_counts_as_its_bound() -> None:
-    assert billed_without_usage(Ask("chat", "m", input_bytes=None), BOUND, 5) == Tokens(input=100, output=5)
+    assert billed_without_usage(Ask("chat", "m", input_bytes=None), BOUND, 5) == used(input_tokens=100, output=5)
 
 
 @given(_BOUNDS, st.none() | st.integers(0, 10**9), st.integers(0, 10**12))
@@ -175,8 +189,8 @@ def answer(*choices: Any, **members: Any) -> Answer:
     return read
 
 
-def charged(*choices: Any, **members: Any) -> Tokens:
-    return answer(*choices, **members).tokens(ASK, BOUND)
+def charged(*choices: Any, **members: Any) -> Metered:
+    return answer(*choices, **members).metered(ASK, BOUND)
 
 
 def chat(**message: Any) -> dict[str, Any]:
@@ -184,21 +198,21 @@ def chat(**message: Any) -> dict[str, Any]:
 
 
 def test_an_answer_is_charged_by_its_usage() -> None:
-    assert charged(chat(content="12345"), usage={"prompt_tokens": 7, "completion_tokens": 5}) == Tokens(7, 5)
+    assert charged(chat(content="12345"), usage={"prompt_tokens": 7, "completion_tokens": 5}) == used(7, 5)
 
 
 def test_without_a_usage_four_bytes_of_text_are_a_token() -> None:
-    assert charged(chat(content="12345")) == Tokens(11, 2)
-    assert charged(chat(content="üüüü")) == Tokens(11, 2)
-    assert charged(chat(content="1234"), chat(content="1234")) == Tokens(11, 2)
-    assert charged({"index": 0, "text": "1234"}) == Tokens(11, 1)
+    assert charged(chat(content="12345")) == used(11, 2)
+    assert charged(chat(content="üüüü")) == used(11, 2)
+    assert charged(chat(content="1234"), chat(content="1234")) == used(11, 2)
+    assert charged({"index": 0, "text": "1234"}) == used(11, 1)
 
 
 def test_of_several_answers_eight_characters_are_a_token_at_least() -> None:
     usage = {"prompt_tokens": 7, "completion_tokens": 1}
     choices = [chat(content="x" * 32), chat(content="x" * 32)]
-    assert charged(*choices, usage=usage) == Tokens(7, 8)
-    assert answer(*choices, usage=usage).tokens(ASK, Bound(100, 1, 10)) == Tokens(7, 1)
+    assert charged(*choices, usage=usage) == used(7, 8)
+    assert answer(*choices, usage=usage).metered(ASK, Bound(100, 1, 10)) == used(7, 1)
 
 
 @pytest.mark.parametrize("usage", [None, {"prompt_tokens": 7, "completion_tokens": 0}])
@@ -208,7 +222,7 @@ def test_of_several_answers_eight_characters_are_a_token_at_least() -> None:
 )
 def test_an_answer_with_nothing_in_it_costs_nothing(choices: list[Any], usage: dict[str, int] | None) -> None:
     assert answer(*choices, usage=usage).empty
-    assert charged(*choices, usage=usage) == Tokens(0, 0)
+    assert charged(*choices, usage=usage) == Metered()
 
 
 @pytest.mark.parametrize(
@@ -227,14 +241,14 @@ def test_anything_that_was_said_is_not_empty(message: dict[str, Any]) -> None:
 
 def test_reasoning_that_is_not_shown_is_paid() -> None:
     usage = {"prompt_tokens": 7, "completion_tokens": 9, "completion_tokens_details": {"reasoning_tokens": 9}}
-    assert charged(chat(content=""), usage=usage) == Tokens(7, 9)
+    assert charged(chat(content=""), usage=usage) == used(7, 9, reasoning=9)
 
 
 def test_reasoning_under_both_of_its_names_counts_once() -> None:
     # vLLM repeats it under its old name.
     once = charged(chat(content="1234", reasoning="12345678"))
     twice = charged(chat(content="1234", reasoning="12345678", reasoning_content="12345678"))
-    assert once == twice == Tokens(11, 3)
+    assert once == twice == used(11, 3)
 
 
 @pytest.mark.parametrize("embedding", [[0.1, 0.2], "AAAA"])
@@ -242,7 +256,7 @@ def test_an_embedding_is_charged_by_its_input(embedding: object) -> None:
     body = {"object": "list", "data": [{"embedding": embedding}], "usage": {"prompt_tokens": 7, "total_tokens": 7}}
     read = read_answer(json.dumps(body).encode(), "embeddings")
     assert read is not None
-    assert read.tokens(Ask("embeddings", "m", 41, completions=0), Bound(100, 0, 0)) == Tokens(7, 0)
+    assert read.metered(Ask("embeddings", "m", 41, completions=0), Bound(100, 0, 0)) == used(7, 0)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -267,7 +281,7 @@ def test_an_answer_nested_deeper_than_can_be_written_is_read() -> None:
 @given(_ANSWERS, st.sampled_from(OPERATIONS), _BOUNDS)
 def test_no_answer_is_charged_beyond_the_bound(document: object, operation: Operation, bound: Bound) -> None:
     read = read_answer(json.dumps(document).encode(), operation)
-    assert read is None or within(read.tokens(Ask(operation, "m", 41), bound), bound)
+    assert read is None or within(read.metered(Ask(operation, "m", 41), bound), bound)
 
 
 @given(st.binary(max_size=100), st.sampled_from(OPERATIONS))

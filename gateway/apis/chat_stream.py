@@ -1,0 +1,245 @@
+"""Streams of the completions endpoints: chunks with choices, then usage, then ``[DONE]``.
+
+Nothing is parsed but the first event and the few that hold a usage, an error or a finish. The latest report of usage
+waits for the event behind it, because only the one before ``[DONE]`` gets the cost written in.
+"""
+
+import re
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from gateway.config.model import CountOutput
+from gateway.domain.metered import Metered
+from gateway.domain.request import Ask, Bound
+from gateway.upstream.sse import MAX_EVENT_BYTES, BrokenStream, EventStream, event_of, json_of, split_events
+from gateway.upstream.usage import Usage, billed, billed_without_usage, read_usage
+
+# In JSON text a quoted word cannot stand inside a string unescaped, so these match fields and never content.
+_USAGE = re.compile(rb'"usage"\s*:\s*\{')
+_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
+# Where output stands in a chunk, by API. Some servers send reasoning under both of its names.
+_STRING = rb'\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"'
+_TEXT_OUTPUT = re.compile(rb'"text"' + _STRING)
+_CHAT_OUTPUT = re.compile(rb'"(?:content|reasoning|refusal|arguments|name|input)"' + _STRING)
+_CHAT_OUTPUT_OLD = re.compile(rb'"(?:content|reasoning_content|refusal|arguments|name|input)"' + _STRING)
+_REASONING = re.compile(rb'"reasoning"\s*:\s*"[^"]')
+_OTHER_OUTPUT = re.compile(rb'"(?:content|thinking|arguments|input|reasoning_details)"\s*:\s*([\[{]\s*["{\[0-9])')
+_DONE = re.compile(rb"^data:\s*\[DONE\]", re.MULTILINE)
+
+_FRAME_FIELDS = ("id", "object", "created", "model", "system_fingerprint")
+
+
+class ChoicesStream(EventStream):
+    """What both endpoints have in common."""
+
+    def __init__(self, ask: Ask, bound: Bound, rule: CountOutput = "chunks") -> None:
+        # Of several answers some servers report one at a time: then a report is not the sum of what was made.
+        super().__init__(ask, bound, "chunks" if rule == "usage" and bound.answers > 1 else rule)
+        self._running_usage = rule == "usage" and bound.answers == 1
+        self._held = b""
+        self._held_with = bytearray()
+        self._before_last = b""
+        self._tail = b""
+        self._usage_is_final = False
+        self._summed: Usage | None = None
+        self._frame: dict[str, Any] | None = None
+        self._closed: set[int] = set()
+
+    def cut_short(self, quota: Mapping[str, object]) -> None:
+        """A finish for every open answer, with quota beside it, and the usage, if asked for."""
+        self._waiting = []
+        frame = self._frame or {"id": "", "object": "", "created": 0, "model": self._ask.model}
+        finishes = [
+            event_of(
+                {
+                    **frame,
+                    "choices": [{"index": index, **self._empty, "logprobs": None, "finish_reason": "length"}],
+                    "quota": quota,
+                }
+            )
+            for index in range(self._bound.answers)
+            if index not in self._closed
+        ]
+        self._before_last = b"".join((self._held, self._held_with, *finishes))
+        self._held, self._held_with = b"", bytearray()
+        if self._ask.wants_usage:
+            self._held = event_of({**frame, "choices": [], "usage": _usage_of(self.metered(complete=False))})
+        self._tail = b"data: [DONE]\n\n"
+        self.done = True
+
+    def closing(self, cost: Mapping[str, object] | None) -> bytes:
+        """The last usage and ``[DONE]``."""
+        held = self._held
+        if held and cost is not None and self._ask.wants_usage:
+            held = _with_cost(held, cost)
+        return self._before_last + held + self._held_with + self._tail
+
+    def metered(self, *, complete: bool) -> Metered:
+        """By the upstream's report as far as it is believed, else by what was counted."""
+        usage = self.usage
+        if not self.has_output and not (usage and usage.reasoning_tokens):
+            return Metered(0, 0)
+        if usage is None:
+            return billed_without_usage(self._ask, self._bound, self._count.billable)
+        least = 0
+        if not (complete and self._usage_is_final):
+            least = self._count.billable  # the usage may be that of an earlier moment
+        elif self._bound.answers > 1:
+            least = self._count.events  # some servers report one answer of several; an event is a token at least
+        return billed(usage, self._ask, self._bound, least)
+
+    @property
+    @abstractmethod
+    def _empty(self) -> dict[str, Any]:
+        """A choice that says nothing."""
+
+    def _meet(self, block: bytes) -> None:
+        if self._frame is None:
+            self._frame = _frame_of(block)
+
+    def _is_last(self, event: bytes) -> bool:
+        return _DONE.search(event) is not None
+
+    def _needs_a_look(self, block: bytes) -> bool:
+        return bool(
+            self._held
+            or b"usage" in block
+            or b"[DONE]" in block
+            or b'"error"' in block
+            or _FINISHED.search(block) is not None
+        )
+
+    def _tokens_with(self, event: bytes, texts: list[bytes]) -> int:
+        """The tokens that would be counted with event, by its own report where it has one."""
+        tokens = self._count.tokens_with(texts)
+        if self._running_usage and _USAGE.search(event) and isinstance(document := json_of(event), dict):
+            usage = read_usage(document.get("usage"))
+            return tokens if usage is None else min(usage.output_tokens, self._most_output)
+        return tokens
+
+    def _follow(self, event: bytes, texts: list[bytes]) -> bytes:
+        """What to hand out when event has come, which may hold usage or be the last."""
+        if self.done:
+            return b""
+        if self._is_last(event):
+            self.done = True
+            self._tail = event
+            return b""
+        self._count.add(texts)  # now, because one that is kept back may be the whole answer
+        if self._held and b"data:" not in event:
+            self._held_with += event  # a comment does not part the usage from the end
+            if len(self._held_with) > MAX_EVENT_BYTES:
+                raise BrokenStream("comments without end")
+            return b""
+        released = self._release_held()
+        if _USAGE.search(event) or b'"error"' in event or _FINISHED.search(event):
+            document = json_of(event)
+            if isinstance(document, dict):
+                if self._read(document, event):
+                    return released
+                event = self._without_running_usage(document, event)
+        return released + event
+
+    def _release_held(self) -> bytes:
+        """The report of usage that turns out not to be the last."""
+        held, self._held = self._held, b""
+        held_with, self._held_with = bytes(self._held_with), bytearray()
+        if held and self._running_usage and isinstance(document := json_of(held), dict):
+            held = self._without_running_usage(document, held)
+        return held + held_with
+
+    def _without_running_usage(self, document: dict[str, Any], event: bytes) -> bytes:
+        # Clients add up what they find on chunks: who did not ask for running reports must not meet them.
+        if not self._running_usage or self._ask.wants_running_usage or not document.get("choices"):
+            return event
+        if not document.get("usage"):
+            return event
+        shown = {name: value for name, value in document.items() if name != "usage"}
+        return event_of({**shown, "usage": None} if self._ask.wants_usage else shown, otherwise=event)
+
+    def _read(self, document: dict[str, Any], event: bytes) -> bool:
+        """Take an event that may hold usage or an error; whether it is not handed out, or not yet."""
+        if document.get("error") or document.get("object") == "error":
+            self.failed = True
+            self.error_shown = self.error_shown or bool(document.get("error"))
+            return False
+        self._closed.update(_finished_in(document))
+        usage = read_usage(document.get("usage"))
+        usage_only = document.get("choices") == []
+        if usage is not None:
+            self._usage_is_final = usage_only or _FINISHED.search(event) is not None
+            self.usage = self._sum(usage) if usage_only and self._bound.answers > 1 else usage
+            if self._running_usage:
+                self._count.report(min(usage.output_tokens, self._most_output))
+        if usage_only and not self._ask.wants_usage:
+            return True
+        if usage is not None and self._usage_is_final:
+            self._held = event
+            return True
+        return False
+
+    def _sum(self, usage: Usage) -> Usage:
+        # llama.cpp reports each answer of n > 1 by itself; others send one report of all.
+        same_prompt = self._ask.prompts == 1
+        self._summed = usage if self._summed is None else self._summed.plus(usage, same_prompt=same_prompt)
+        return self._summed
+
+
+class ChatStream(ChoicesStream):
+    """Chunks with deltas."""
+
+    @property
+    def _empty(self) -> dict[str, Any]:
+        return {"delta": {}}
+
+    def _outputs(self, block: bytes) -> list[bytes]:
+        old = b'"reasoning_content"' in block and not _REASONING.search(block)
+        texts = [text for text in (_CHAT_OUTPUT_OLD if old else _CHAT_OUTPUT).findall(block) if text]
+        # What is said in no text that is known here is output all the same.
+        return texts or _OTHER_OUTPUT.findall(block)
+
+
+class TextStream(ChoicesStream):
+    """Chunks with text."""
+
+    @property
+    def _empty(self) -> dict[str, Any]:
+        return {"text": ""}
+
+    def _outputs(self, block: bytes) -> list[bytes]:
+        return [text for text in _TEXT_OUTPUT.findall(block) if text] or _OTHER_OUTPUT.findall(block)
+
+
+def _finished_in(document: dict[str, Any]) -> list[int]:
+    """The answers that a chunk ends."""
+    choices = document.get("choices")
+    return [
+        choice["index"]
+        for choice in (choices if isinstance(choices, list) else [])
+        if isinstance(choice, dict) and choice.get("finish_reason") and isinstance(choice.get("index"), int)
+    ]
+
+
+def _frame_of(block: bytes) -> dict[str, Any] | None:
+    """What all chunks of a stream have in common, from the first event that has choices; None where there is none."""
+    for event in split_events(block):
+        document = json_of(event)
+        if isinstance(document, dict) and isinstance(document.get("choices"), list):
+            return {name: document[name] for name in _FRAME_FIELDS if name in document}
+    return None
+
+
+def _usage_of(tokens: Metered) -> dict[str, Any]:
+    return {
+        "prompt_tokens": tokens.input,
+        "completion_tokens": tokens.output,
+        "total_tokens": tokens.input + tokens.output,
+    }
+
+
+def _with_cost(event: bytes, cost: Mapping[str, object]) -> bytes:
+    document = json_of(event)
+    assert isinstance(document, dict)  # it was read when it came
+    document["usage"] = {**document["usage"], **cost}
+    return event_of(document, otherwise=event)  # which the client gets as it came

@@ -1,0 +1,58 @@
+"""What a request used, by everything that can have a price."""
+
+from dataclasses import dataclass, fields
+
+_UNSAID = ("images", "requests")
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """Images that were made alike. size and quality: as the API writes them, ``1024x1024`` and ``high``."""
+
+    size: str
+    quality: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Metered:
+    """What one request used, each figure ≥ 0.
+
+    Tokens: cache_read, cache_write, audio_input and image_input are parts of input; audio_output, image_output and
+    reasoning are parts of output. No token is in two parts. audio_ms: length of audio, milliseconds. characters: text
+    to be spoken. requests: 1 where anything is charged.
+    """
+
+    input: int = 0
+    output: int = 0
+    cache_read: int = 0
+    cache_write: int = 0
+    audio_input: int = 0
+    image_input: int = 0
+    audio_output: int = 0
+    image_output: int = 0
+    reasoning: int = 0
+    images: tuple[Images, ...] = ()
+    audio_ms: int = 0
+    characters: int = 0
+    requests: int = 0
+
+    @property
+    def plain_input(self) -> int:
+        """Input tokens of no other kind."""
+        return self.input - self.cache_read - self.cache_write - self.audio_input - self.image_input
+
+    @property
+    def plain_output(self) -> int:
+        """Output tokens of no other kind."""
+        return self.output - self.audio_output - self.image_output - self.reasoning
+
+    @property
+    def image_count(self) -> int:
+        """Images in all."""
+        return sum(images.count for images in self.images)
+
+    def figures(self) -> dict[str, int]:
+        """By kind, what is not zero; that it is one request goes without saying."""
+        counts = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _UNSAID}
+        return {name: count for name, count in {**counts, "images": self.image_count}.items() if count}
