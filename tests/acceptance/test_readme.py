@@ -128,7 +128,7 @@ def test_each_failure_in_the_table_names_tests_that_exist() -> None:
 
 def test_the_gate_runs_the_test_command_of_the_readme() -> None:
     assert "command: install and test" in (REPOSITORY / ".ci" / "run").read_text()
-    assert block("command: install and test").endswith(".venv/bin/pytest")
+    assert block("command: install and test").endswith(".venv/bin/pytest -n 2")
 
 
 @pytest.mark.long
