@@ -303,7 +303,6 @@ class EngineModel:
         hold = self._hold(name, reservation)
         if hold.state not in {"open", "expired"}:
             return Extended(0, 0, 0, open=False, funds=self._funds(account, plan))
-        reopened: dict[str, str] | None = None
         if hold.state == "expired":
             postings: Postings = Counter()
             self._uncharge(account, hold, postings)
@@ -311,14 +310,11 @@ class EngineModel:
             covered = min(hold.covered, _at_list_price(hold.from_allowance, hold.rate_ppm))
             hold.covered = covered + hold.from_balance
             self._enter(account, "reopen", reservation, postings, model="model", key=hold.key)
-            reopened = self.ledger[-1]
         if wanted.payg_nano > hold.covered:
             if account.plan == plan.name and not self._skewed(account, gateway_ms):
                 rolled, entries = self._rolled(account, plan)
                 self._commit(rolled, entries)
                 account = rolled
-                if reopened:
-                    reopened["used_after"] = _used_after(account)
             current = self._time(account) < account.first_end_ms
             free, free_balance = self.allowance_free(account) if current else 0, self.balance_free(account)
             held = hold.from_allowance
@@ -677,7 +673,7 @@ class EngineModel:
             "id": id_,
             "time": str(self._time(account)),
             "postings": " ".join(sorted(f"{book}={nano}" for book, nano in postings.items() if nano)),
-            "used_after": _used_after(account),
+            "used_after": " ".join(f"{win.refresh_ms}:{win.used}" for win in account.windows),
             "balance_after": str(account.balance),
         }
         self.ledger.append(entry | values)
@@ -706,11 +702,6 @@ class EngineModel:
             sequence=account.sequence,
             windows=tuple(windows),
         )
-
-
-def _used_after(account: Account) -> str:
-    """As a ledger entry says it: when the script that wrote it was done."""
-    return " ".join(f"{win.refresh_ms}:{win.used}" for win in account.windows)
 
 
 def how_held(win: Win, part: Part) -> str:

@@ -145,6 +145,25 @@ class Customer:
         await scripts.set_plan(self.store, ACCOUNT, f"op{self.operations}", 0, self.plan)
 
 
+async def test_a_reservation_that_is_opened_again_after_a_refresh_adds_up(
+    store: Store, auditor: Auditor, clock: MovableClock
+) -> None:
+    """Its entry tells of the window that was, and the refresh that the same call makes comes behind it."""
+    await scripts.create(store, ACCOUNT, STANDARD)
+    other, lost = await reserve(store, STANDARD, 300), await reserve(store, STANDARD, 200)
+    assert other and lost
+    await settle(store, STANDARD, other, 250)
+    clock.move(60_000)
+    await scripts.release(store, ACCOUNT, lost, "expire")
+    clock.move(DAY_MS)
+    await scripts.extend(
+        store, ACCOUNT, lost, plan=STANDARD, wanted=cost(400, STANDARD), seen=cost(0, STANDARD), seen_note="",
+        lease_ms=60_000,
+    )  # fmt: skip
+    assert [entry.kind for entry in await auditor.tail(ACCOUNT, 2)] == ["reopen", "refresh"]
+    assert not (await auditor.verify(ACCOUNT)).mismatches
+
+
 @pytest.mark.parametrize("seed", range(8))
 async def test_whatever_an_account_lives_through_agrees_with_its_ledger(
     seed: int, store: Store, clock: MovableClock, auditor: Auditor, archiver: Archiver

@@ -42,7 +42,8 @@ end
 if record.state == 'expired' then
   local postings = {}
   uncharge(account, record, postings)
-  add_entry(account, 'reopen', id, postings, {'model', record.model, 'key', record.key})
+  -- A refresh may follow.
+  add_entry(account, 'reopen', id, postings, {'model', record.model, 'key', record.key}, used_text(account))
   record.state, record.written_off, record.expires = 'open', 0, now
   record.payg = covered_by(parts_sum(record.parts), record.rate, record.payg) + record.from_balance
 end
