@@ -78,7 +78,7 @@ class ChoicesStream(EventStream):
     def metered(self, *, complete: bool) -> Metered:
         """By the upstream's report as far as it is believed, else by what was counted."""
         usage = self.usage
-        if not self.has_output and not (usage and usage.reasoning_tokens):
+        if not self.has_output and not (usage and usage.unseen):
             return Metered(0, 0)
         if usage is None:
             return billed_without_usage(self._ask, self._bound, self._count.billable)

@@ -70,7 +70,7 @@ class MessageStream(EventStream):
     def metered(self, *, complete: bool) -> Metered:
         """By the upstream's report as far as it is believed, else by what was counted."""
         usage = self.usage
-        if not self.has_output and not (usage and usage.reasoning_tokens):
+        if not self.has_output and not (usage and usage.unseen):
             return Metered()
         if usage is None:
             return billed_without_usage(self._ask, self._bound, self._count.billable)
@@ -135,12 +135,15 @@ class MessageStream(EventStream):
             self._open.pop(index, None)
 
     def _take(self, usage: object) -> None:
-        """Each figure is a total so far, and one that is left out stays as it was."""
+        """Each figure is a total so far: one that is left out stays as it was, and so does one that became less,
+        because some servers say 0 at the end for what they said at the beginning."""
         if isinstance(usage, dict):
-            told = {name: usage.get(name) for name in MESSAGE_USAGE_FIELDS}
-            self._reported |= {
-                name: value for name, value in told.items() if isinstance(value, dict) or count(told, name) is not None
-            }
+            for name in MESSAGE_USAGE_FIELDS:
+                figure = count(usage, name)
+                if isinstance(usage.get(name), dict):
+                    self._reported[name] = usage[name]
+                elif figure is not None:
+                    self._reported[name] = max(figure, count(self._reported, name) or 0)
             self.usage = read_message_usage(self._reported)
 
     def _keep_behind(self, event: bytes) -> bytes:

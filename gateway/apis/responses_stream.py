@@ -130,7 +130,7 @@ class ResponseStream(EventStream):
 
     def metered(self, *, complete: bool) -> Metered:
         """By the last event's usage, else by what was counted."""
-        if not self.has_output and not (self.usage and self.usage.reasoning_tokens):
+        if not self.has_output and not (self.usage and self.usage.unseen):
             return Metered()
         if self.usage is None:
             return billed_without_usage(self._ask, self._bound, self._count.billable)

@@ -89,6 +89,7 @@ def read_quote(config: GatewayConfig, api: Api, raw: bytes) -> Quote | Failure:
             raise InvalidRequest(f"the model {ask.model!r} has no price for {api.path}", "model")
         taken = {name: body.pop(name) for name in api.set_fields if name in body}
         forwarded = orjson.dumps(_renamed(body, model))
+        orjson.dumps(taken)  # it is written later, when it is too late to refuse it
     except orjson.JSONEncodeError as error:
         raise InvalidRequest("it is nested too deeply") from error
     ask = ask.of_size(len(forwarded))
@@ -102,8 +103,12 @@ def read_free(config: GatewayConfig, api: FreeApi, raw: bytes) -> tuple[Upstream
     model = config.models.get(name)
     if model is None:
         return errors.unknown_model(name)
-    upstream = config.upstreams[model.upstream]
-    return upstream, orjson.dumps(_renamed(body, model)) if isinstance(body, dict) and model.sent_as else raw
+    assert isinstance(body, dict)  # model_of refuses anything else
+    try:
+        # Written anew, so that a second "model" in it means the same on both sides.
+        return config.upstreams[model.upstream], orjson.dumps(_renamed(body, model))
+    except orjson.JSONEncodeError as error:
+        raise InvalidRequest("it is nested too deeply") from error
 
 
 def _renamed(body: dict[str, Any], model: Model) -> dict[str, Any]:

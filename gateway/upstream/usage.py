@@ -31,6 +31,12 @@ class Usage:
     audio_input_tokens: int = 0
     audio_output_tokens: int = 0
 
+    @property
+    def unseen(self) -> bool:
+        """Whether it tells of what is paid for even where the answer shows nothing: secret reasoning, or a prompt that
+        was kept, which makes the next request cheap."""
+        return bool(self.reasoning_tokens or self.cache_write_tokens)
+
     def plus(self, other: "Usage", *, same_prompt: bool) -> "Usage":
         """Of two reports, each for one answer: both together. The answers to one prompt share its input."""
         return Usage(
@@ -155,8 +161,8 @@ class Answer:
 
     @property
     def empty(self) -> bool:
-        """There is nothing in it to pay for, neither to read nor reasoned in secret."""
-        return not self.content_bytes and not (self.usage and self.usage.reasoning_tokens)
+        """There is nothing in it to pay for, neither to read nor unseen."""
+        return not self.content_bytes and not (self.usage and self.usage.unseen)
 
     def metered(self, ask: Ask, bound: Bound) -> Metered:
         """The tokens to charge."""

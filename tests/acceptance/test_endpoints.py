@@ -173,6 +173,24 @@ async def test_what_is_free_needs_a_key_and_a_model_and_no_credits(bench: Bench,
     assert len(bench.desk.requests) == seen
 
 
+async def test_what_is_free_means_the_same_on_both_sides(bench: Bench) -> None:
+    bench.desk.says["/moderations"] = (200, {"results": []})
+    body = f'{{"model": "a/dear-one", "model": "{MODEL}", "input": "x"}}'.encode()
+    assert (await ask(bench.session, bench.gateway, str(bench.gateway.key), body, "/moderations")).status == 200
+    assert bench.desk.requests[-1][1] == {"model": MODEL, "input": "x"}
+
+
+@pytest.mark.parametrize("path", ["/moderations", "/messages"])
+async def test_what_is_nested_too_deeply_to_be_written_is_refused(bench: Bench, path: str) -> None:
+    deep = "[" * 300 + "]" * 300
+    thinking = f'"thinking": {{"type": "disabled", "x": {deep}}}'
+    said = f'"messages": [{{"role": "user", "content": "x"}}], "max_tokens": 5, {thinking}'
+    body = f'{{"model": "{MODEL}", {said}}}'.encode()
+    answer = await ask(bench.session, bench.gateway, str(bench.gateway.key), body, path)
+    assert answer.status == 400
+    assert answer.error["type"] == "invalid_request_error"
+
+
 async def test_the_sdk_moderates_without_naming_a_model(bench: Bench) -> None:
     result = {"flagged": False, "categories": {}, "category_scores": {}, "category_applied_input_types": {}}
     bench.desk.says["/moderations"] = (200, {"id": "modr-1", "model": MODERATION, "results": [result]})

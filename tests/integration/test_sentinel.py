@@ -76,7 +76,7 @@ async def test_an_orderly_change_of_primary(sentinels: ValkeySentinels, metrics:
 
 
 async def test_a_primary_that_hangs_is_replaced(sentinels: ValkeySentinels, metrics: Metrics) -> None:
-    async with adding_store(sentinels.url, metrics, 300) as store:
+    async with adding_store(sentinels.url, metrics, 1000) as store:
         await add(store, ACCOUNT, "before", 1)
         hung = sentinels.node(sentinels.primary)
         hung.pause()

@@ -268,6 +268,22 @@ def test_nothing_is_charged_for_nothing() -> None:
     assert events.metered(complete=True) == Metered()
 
 
+def test_a_prompt_that_was_kept_is_charged_for_even_without_an_answer() -> None:
+    """The next request reads it for a tenth of the price."""
+    _, events = fed(start(fresh=5, written=200) + ended(usage={"output_tokens": 1}) + STOP)
+    assert events.metered(complete=True) == used(205, 1, cache_write=200)
+    whole = {"type": "message", "content": [], "usage": usage(5, 1, written=200)}
+    read = Messages().read_answer(json.dumps(whole).encode())
+    assert read is not None
+    assert read.metered(Ask("chat", "m", input_bytes=40), Bound(1000, 1, 1000)) == used(205, 1, cache_write=200)
+
+
+def test_a_figure_that_becomes_less_at_the_end_stays() -> None:
+    reported = {"input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 3}
+    _, events = fed(start(fresh=900, read=40) + words("a") + ended(usage=reported) + STOP)
+    assert events.metered(complete=True) == used(940, 3, cache_read=40)
+
+
 def test_thinking_that_is_not_shown_is_charged_by_the_usage() -> None:
     reported = {"output_tokens": 30, "output_tokens_details": {"thinking_tokens": 30}}
     _, events = fed(start() + ended(usage=reported) + STOP)
