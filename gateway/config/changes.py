@@ -42,6 +42,7 @@ def _entries(running: GatewayConfig, read: GatewayConfig) -> Iterator[str]:
         ("upstreams", running.upstreams, read.upstreams),
         ("plans", running.plans, read.plans),
         ("models", running.models, read.models),
+        ("passthrough", running.passthrough, read.passthrough),
     )
     for section, old, new in sections:
         yield from (f"{section}.{name} removed" for name in old if name not in new)

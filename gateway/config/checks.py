@@ -108,6 +108,7 @@ def check_models(section: Section) -> None:
         return
     for name, model in _mappings(section.tree.get("models")).items():
         here = ("models", name)
+        _check_fallbacks(section, here, model.get("fallbacks"))
         if any(key in model for key in SELLS_TOKENS):
             for key in NEEDED_FOR_TOKENS:
                 if key not in model:
@@ -138,6 +139,18 @@ def _check_tiers(section: Section, here: Location, tiers: Any) -> None:
                 (*here, index, "above_input_tokens"), f"must be more than the tier's before it ({below}), not {above}"
             )
         below = max(below, above)
+
+
+def _check_fallbacks(section: Section, here: Location, fallbacks: Any) -> None:
+    """Each is another model, named once."""
+    seen = {here[-1]: "the model itself"}
+    for index, name in enumerate(fallbacks if isinstance(fallbacks, list) else ()):
+        if not isinstance(name, Text):
+            continue
+        place = (*here, "fallbacks", index)
+        if name.text in seen:
+            section.report(place, f"is {seen[name.text]}: name another model, or remove it")
+        seen.setdefault(name.text, f"the same as {section.name(place)}")
 
 
 def _mappings(value: Any) -> dict[str, dict[str, Any]]:

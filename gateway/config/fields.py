@@ -30,6 +30,9 @@ PRICE_UNITS: tuple[PriceUnit, ...] = ("usd_per_million_tokens", "usd_per_token")
 MOST_TOKENS = 10_000_000
 MOST_SIZE_BYTES = 2**30
 
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+#: A day: longer audio than any upstream takes.
+MOST_AUDIO_SECONDS = 86_400
 LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")
 
 _DURATION_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000}
@@ -41,6 +44,7 @@ class Context:
     """What readers must know of the rest of the files. None: unknown because of another mistake, so do not check."""
 
     upstreams: Collection[str] | None
+    models: Collection[str] | None
     price_unit: PriceUnit | None
 
 
@@ -174,6 +178,15 @@ def known_upstream(value: object, info: ValidationInfo) -> str:
     return text.text
 
 
+def known_model(value: object, info: ValidationInfo) -> str:
+    """The name of a model of the same file."""
+    text = scalar(value)
+    names = context_of(info).models
+    if names is not None and text.text not in names:
+        raise ValueError(f"names no model, it is {quoted(text.written)}: {suggestion(text.written, names)}")
+    return text.text
+
+
 def context_of(info: ValidationInfo) -> Context:
     """What the loader says of the rest of the files."""
     if not isinstance(info.context, Context):
@@ -193,6 +206,27 @@ def model_name(key: str) -> str:
     if not 1 <= len(key) <= 200 or not key.isprintable() or " " in key or "|" in key:
         raise ValueError("is not a model name: write 1 to 200 printable characters without spaces and |")
     return key
+
+
+def path_pattern(key: str) -> str:
+    """A path below ``/v1``, or all paths below one."""
+    plain = key.removesuffix("/*")
+    segments = plain.split("/")[1:]
+    if not re.fullmatch(r"(/[A-Za-z0-9._~-]{1,64}){1,8}", plain) or {".", ".."} & set(segments):
+        raise ValueError("is not a path: write one below /v1 such as /files, or /files/* for all paths below it")
+    return key
+
+
+def methods(value: object) -> frozenset[str]:
+    """HTTP methods, from a list."""
+    if isinstance(value, frozenset):  # the default of the raw model
+        return value
+    if not isinstance(value, list) or not value:
+        raise ValueError("must be a list of methods, such as [GET, POST]")
+    names = [scalar(item).text for item in value]
+    if wrong := next((name for name in names if name not in METHODS), None):
+        raise ValueError(f"has {wrong[:64]!r}: {suggestion(wrong, METHODS)}")
+    return frozenset(names)
 
 
 def other_model(value: object) -> str:
@@ -407,6 +441,18 @@ TemplateTokens = Annotated[
     PlainValidator(lambda value: integer(value, 0, 100_000)),
     number_schema("^[0-9]{1,6}$", "integer", minimum=0, maximum=100_000),
 ]
+AudioSeconds = Annotated[
+    int,
+    PlainValidator(lambda value: integer(value, 1, MOST_AUDIO_SECONDS)),
+    number_schema("^[0-9]{1,5}$", "integer", minimum=1, maximum=MOST_AUDIO_SECONDS),
+]
+Methods = Annotated[
+    frozenset[str],
+    PlainValidator(methods),
+    WithJsonSchema({"type": "array", "minItems": 1, "items": {"enum": list(METHODS)}}),
+]
+PathPattern = Annotated[str, AfterValidator(path_pattern), WithJsonSchema({"type": "string"})]
+FallbackReference = Annotated[str, PlainValidator(known_model), WithJsonSchema({"type": "string", "minLength": 1})]
 UpstreamReference = Annotated[str, PlainValidator(known_upstream), WithJsonSchema({"type": "string", "minLength": 1})]
 ShortName = Annotated[str, AfterValidator(short_name), WithJsonSchema({"type": "string"})]
 OtherModel = Annotated[str, PlainValidator(other_model), WithJsonSchema({"type": "string", "minLength": 1})]

@@ -10,7 +10,15 @@ from types import MappingProxyType
 from gateway.config.checks import check_counting, check_listeners, check_models, check_plans, check_upstream_keys
 from gateway.config.document import UNREADABLE, Document, Text, quoted, read_document
 from gateway.config.fields import PRICE_UNITS, Context
-from gateway.config.model import AdminConfig, ArchiveConfig, GatewayConfig, Limits, StoreConfig, Upstream
+from gateway.config.model import (
+    AdminConfig,
+    ArchiveConfig,
+    GatewayConfig,
+    Limits,
+    Passthrough,
+    StoreConfig,
+    Upstream,
+)
 from gateway.config.problem import ConfigError, Problem
 from gateway.config.raw import (
     MainFile,
@@ -19,6 +27,7 @@ from gateway.config.raw import (
     RawAllowance,
     RawArchive,
     RawModel,
+    RawPassthrough,
     RawPlan,
     RawStore,
     RawTier,
@@ -79,7 +88,7 @@ def load_for_operator(path: Path | None = None, environ: Mapping[str, str] | Non
         raise error
     if not parts.document.sections.isdisjoint({"", "store", "archive"}):
         raise error
-    main, context = parts.document, Context(None, None)
+    main, context = parts.document, Context(None, None, None)
     store = validate(Section(main, main.tree.get("store", {}), ("store",)), RawStore, context)
     archive = validate(Section(main, main.tree.get("archive", {}), ("archive",)), RawArchive, context)
     assert store is not None and archive is not None, "what is wrong with them was reported above"
@@ -166,7 +175,12 @@ def _context(main: Document, models: Section | None) -> Context:
     written = models.tree.get("price_unit") if models and isinstance(models.tree, dict) else None
     unit = next((unit for unit in PRICE_UNITS if isinstance(written, Text) and written.text == unit), None)
     # Without any upstream every model's would be unknown: the one mistake is the empty mapping.
-    return Context(tuple(upstreams) if upstreams and isinstance(upstreams, dict) else None, unit)
+    listed = models.tree.get("models") if models and isinstance(models.tree, dict) else None
+    return Context(_names(upstreams), _names(listed), unit)
+
+
+def _names(mapping: object) -> tuple[str, ...] | None:
+    return tuple(mapping) if mapping and isinstance(mapping, dict) else None
 
 
 def _build(parts: _Parts) -> GatewayConfig:
@@ -180,7 +194,8 @@ def _build(parts: _Parts) -> GatewayConfig:
         plans=_plans(plans),
         default_plan=_default_plan(plans),
         models={name: _model(name, raw) for name, raw in models.models.items()},
-        limits=Limits(body_bytes=main.limits.body, response_bytes=main.limits.response),
+        limits=Limits(main.limits.body, main.limits.response, main.limits.upload),
+        passthrough={pattern: _passthrough(pattern, raw) for pattern, raw in main.passthrough.items()},
         archive=ArchiveConfig(main.archive.url),
     )
 
@@ -199,6 +214,12 @@ def _upstream(name: str, raw: RawUpstream) -> Upstream:
         count_output=raw.count_output,
         key_header=raw.key_header,
     )
+
+
+def _passthrough(pattern: str, raw: RawPassthrough) -> Passthrough:
+    prices = Prices(request_femto=raw.request_price)
+    price = Model(pattern, raw.upstream, prices, 0, 0, price_version=_price_version(prices))
+    return Passthrough(pattern, price, raw.methods)
 
 
 def _store(raw: RawStore) -> StoreConfig:
@@ -237,6 +258,8 @@ def _model(name: str, raw: RawModel) -> Model:
         hidden_reasoning=raw.hidden_reasoning,
         price_version=_price_version(prices),
         sent_as=raw.upstream_model or "",
+        max_audio_ms=1000 * (raw.max_audio_seconds or 0),
+        fallbacks=tuple(raw.fallbacks or ()),
     )
 
 

@@ -139,16 +139,38 @@ class Upstream:
 
 
 @dataclass(frozen=True, slots=True)
+class Passthrough:
+    """A path that is forwarded unread, for a price per request.
+
+    pattern: below ``/v1``; one that ends in ``/*`` stands for all paths below it. price: a model without tokens, which
+    names the upstream and the price. methods: those that are forwarded.
+    """
+
+    pattern: str
+    price: Model
+    methods: frozenset[str]
+
+    def matches(self, path: str) -> bool:
+        """Whether a path below ``/v1`` is meant."""
+        if self.pattern.endswith("/*"):
+            return path.startswith(self.pattern[:-1]) and len(path) >= len(self.pattern)
+        return path == self.pattern
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
-    """The largest request body and the largest answer held in memory, in bytes."""
+    """The largest request body and the largest answer held in memory, and the largest upload, which is kept on disk, in
+    bytes."""
 
     body_bytes: int = 32 * MIB
     response_bytes: int = 64 * MIB
+    upload_bytes: int = 256 * MIB
 
 
 @dataclass(frozen=True, slots=True)
 class GatewayConfig:
-    """Everything that the configuration files say. Mappings are by name and have at least one entry each.
+    """Everything that the configuration files say. Mappings are by name and have at least one entry each, but for
+    passthrough, which is by pattern.
 
     files: the files that were read, the main one first, each with the SHA-256 of its content.
     """
@@ -162,6 +184,7 @@ class GatewayConfig:
     models: Mapping[str, Model]
     limits: Limits
     archive: ArchiveConfig = ArchiveConfig()
+    passthrough: Mapping[str, Passthrough] = field(default_factory=dict)
     files: Mapping[Path, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property

@@ -10,18 +10,22 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validat
 
 from gateway.config.fields import (
     ArchiveUrl,
+    AudioSeconds,
     BaseUrl,
     Boolean,
     CountWay,
     CreditsNano,
     Directory,
+    FallbackReference,
     FieldNames,
     KeyPlace,
     LimitField,
     Listen,
+    Methods,
     ModelName,
     OnLostWay,
     OtherModel,
+    PathPattern,
     RatePpm,
     RefreshMs,
     SecretText,
@@ -45,6 +49,7 @@ from gateway.config.prices import (
     SecondFemto,
     TokenFemto,
 )
+from gateway.domain.model import MAX_FALLBACKS
 from gateway.domain.plan import MAX_WINDOWS
 from gateway.domain.price import MAX_TIERS
 
@@ -285,6 +290,18 @@ class RawModel(RawTokenPrices):
     upstream_model: OtherModel | None = Field(
         default=None, description="What the upstream calls the model; without it the same name that clients send"
     )
+    max_audio_seconds: AudioSeconds | None = Field(
+        default=None,
+        examples=["1500"],
+        description="The longest audio that the upstream takes; without it as long as the file could be",
+    )
+    fallbacks: list[FallbackReference] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_FALLBACKS,
+        description="Models that answer in its place, in this order, where its upstream is away or fails before it "
+        "answers (429 and 5xx). The one that answers is charged at its own price; the dearest is held",
+    )
     hidden_reasoning: Boolean = Field(
         default="false",
         validate_default=True,
@@ -316,6 +333,17 @@ class RawLimits(_Mapping):
 
     body: SizeBytes = Field(default="32MiB", validate_default=True, description="The largest request body")
     response: SizeBytes = Field(default="64MiB", validate_default=True, description="The largest answer held in memory")
+    upload: SizeBytes = Field(
+        default="256MiB", validate_default=True, description="The largest upload (audio, images), which is kept on disk"
+    )
+
+
+class RawPassthrough(_Mapping):
+    """A path that is forwarded unread."""
+
+    upstream: UpstreamReference = Field(examples=["ionet"], description="The name of the upstream that serves it")
+    request_price: RequestFemto = Field(examples=["0.001"], description="USD per request; 0 gives it away")
+    methods: Methods = Field(default=frozenset({"GET", "POST"}), description="Those that are forwarded: [GET, POST]")
 
 
 class MainFile(_Mapping):
@@ -331,6 +359,11 @@ class MainFile(_Mapping):
     models: Annotated[Any, _file_or({"$ref": "#/$defs/ModelsFile"})] = Field(
         examples=["models.yaml"],
         description="A file beside this one, or its content: a mapping with price_unit and models",
+    )
+    passthrough: dict[PathPattern, RawPassthrough] = Field(
+        default_factory=dict,
+        description="Paths below /v1 to forward unread, each with a price per request: /files, or /files/* for all "
+        "below it. Paths that the gateway meters itself are not touched by it",
     )
     limits: RawLimits = Field(default_factory=RawLimits)
     archive: RawArchive = Field(default_factory=RawArchive)

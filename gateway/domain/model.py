@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from gateway.domain.price import Prices
 
+#: How many other models may answer in a model's place.
+MAX_FALLBACKS = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Model:
@@ -13,7 +16,8 @@ class Model:
     template_tokens: the most that the upstream's chat template adds to a prompt beyond one token per byte of the
     request. hidden_reasoning: it bills reasoning that it does not stream, so that what a stream shows says nothing
     about its cost. price_version: 8 hex digits that stand for the prices. sent_as: what the upstream calls it, if not
-    the same; else empty.
+    the same; else empty. max_audio_ms: the longest audio that the upstream takes; 0 where that is not known. fallbacks:
+    the models that answer in its place, in this order, at their own prices, where its upstream fails before it answers.
     """
 
     name: str
@@ -25,3 +29,5 @@ class Model:
     hidden_reasoning: bool = False
     price_version: str = ""
     sent_as: str = ""
+    max_audio_ms: int = 0
+    fallbacks: tuple[str, ...] = ()

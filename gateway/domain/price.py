@@ -17,6 +17,8 @@ FEMTO_PER_CREDIT = 10**15
 FEMTO_PER_NANO = 10**6
 #: In a table of image prices: any size, or any quality.
 ANY = "*"
+#: Of an image: a size or a quality that the upstream chooses.
+AUTO = "auto"
 MAX_TIERS = 4
 
 
@@ -107,8 +109,8 @@ class Prices:
 
     None, and no images: it does not sell that, which is something else than to sell it for nothing; what is used of it
     all the same costs nothing. tiers: at most MAX_TIERS, by above_input_tokens, upwards. images: by (size, quality),
-    either of which may be ANY; the closest match counts, a size before a quality. audio_ms_femto: per millisecond of
-    audio.
+    either of which may be ANY; the closest match counts, a size before a quality, and where none matches the dearest
+    that could be meant. audio_ms_femto: per millisecond of audio.
     """
 
     tokens: TokenPrices | None = None
@@ -132,7 +134,7 @@ class Prices:
         return (tokens.femto(metered) if tokens else 0) + self.units_femto(metered)
 
     def units_femto(self, metered: Metered) -> int:
-        """The part of the cost that is not tokens. Raises KeyError for an image that has no price."""
+        """The part of the cost that is not tokens."""
         return (
             metered.requests * _or(self.request_femto, 0)
             + metered.audio_ms * _or(self.audio_ms_femto, 0)
@@ -157,17 +159,35 @@ class Prices:
         return max(one.dearest_input_femto() for one in reach), max(one.dearest_output_femto() for one in reach)
 
     def image_femto(self, size: str, quality: str) -> int:
-        """What one image costs. Raises KeyError where it has no price."""
-        for key in ((size, quality), (size, ANY), (ANY, quality)):
+        """What one image costs; 0 where images are not sold. Either may be AUTO, or have no price of its own."""
+        if not self.images:
+            return 0
+        for key in ((size, quality), (size, ANY), (ANY, quality), (ANY, ANY)):
             if key in self.images:
                 return self.images[key]
-        return self.images[ANY, ANY]
+        return self.images[self.dearest_image(size, quality)]
+
+    def dearest_image(self, size: str, quality: str) -> tuple[str, str]:
+        """The kind in the table that costs most of those that may be meant, where AUTO may mean any; the dearest of all
+        where none is. The kind itself where images are not sold."""
+        if AUTO not in (size, quality) and self.sells_image(size, quality):
+            return size, quality
+        kinds = [kind for kind in self.images if _may_mean(size, kind[0]) and _may_mean(quality, kind[1])]
+        return max(kinds or self.images, key=self.images.__getitem__, default=(size, quality))
+
+    def sells_image(self, size: str, quality: str) -> bool:
+        """Whether an image of the kind has a price. Either may be AUTO."""
+        return any(_may_mean(size, kind[0]) and _may_mean(quality, kind[1]) for kind in self.images)
 
     def _tokens_at(self, input_tokens: int) -> TokenPrices | None:
         for tier in reversed(self.tiers):
             if input_tokens > tier.above_input_tokens:
                 return tier.tokens
         return self.tokens
+
+
+def _may_mean(asked: str, sold: str) -> bool:
+    return asked in (AUTO, sold) or sold == ANY
 
 
 def _or(femto: int | None, otherwise: int) -> int:

@@ -3,10 +3,20 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from gateway.domain.metered import Metered
+from gateway.domain.metered import Images, Metered
 from gateway.domain.model import Model
 
-Operation = Literal["chat", "text_completion", "embeddings", "rerank"]
+Operation = Literal[
+    "chat",
+    "text_completion",
+    "embeddings",
+    "rerank",
+    "image_generation",
+    "speech",
+    "transcription",
+    "realtime",
+    "passthrough",
+]
 
 #: What a request uses of what is not tokens, if nothing else is said: it is a request.
 NO_UNITS = Metered(requests=1)
@@ -38,7 +48,9 @@ class Ask:
     input_bytes: UTF-8 bytes of its JSON, an upper bound of its text's tokens; None where it holds something other
     than text. template_bytes: what a chat template may make more of it. prompts: how many inputs;
     least_input_tokens: what several cannot be less than. completions: answers per prompt. max_tokens: most output
-    tokens per answer that the client named. units: the most that it uses of what is not tokens.
+    tokens per answer that the client named. units: the most that it uses of what is not tokens; of images whose size or
+    quality is AUTO, the dearest are meant. hides_output: what its stream shows says nothing about its cost, so that the
+    most is held at once. indivisible: its output cannot be limited, so that the most is held or nothing.
     """
 
     operation: Operation
@@ -54,6 +66,8 @@ class Ask:
     wants_usage: bool = False
     wants_running_usage: bool = False
     units: Metered = NO_UNITS
+    hides_output: bool = False
+    indivisible: bool = False
 
     def of_size(self, size_bytes: int) -> "Ask":
         """The same, with the size of the body that will be forwarded added."""
@@ -63,13 +77,14 @@ class Ask:
 @dataclass(frozen=True, slots=True)
 class Bound:
     """The most that a request can use: input tokens in all, output tokens of each of its answers, and what is not
-    tokens."""
+    tokens. indivisible: less output cannot be asked for."""
 
     input_tokens: int
     answers: int
     output_tokens_each: int
     echo: bool = False
     units: Metered = NO_UNITS
+    indivisible: bool = False
 
     def metered(self, output_tokens_each: int) -> Metered:
         """The use if every answer has output_tokens_each tokens."""
@@ -86,8 +101,9 @@ def bound_of(ask: Ask, model: Model) -> Bound:
     else:
         input_tokens = min(context, ask.input_bytes + ask.template_bytes + model.template_tokens * ask.prompts)
     answers = ask.completions * ask.prompts
+    units = _most_units(ask.units, model)
     if not answers:
-        return Bound(input_tokens, 0, 0, units=ask.units)
+        return Bound(input_tokens, 0, 0, units=units)
     most = min(model.max_output_tokens, model.context_window)
     if ask.max_tokens is not None:
         most = min(most, ask.max_tokens)
@@ -96,12 +112,21 @@ def bound_of(ask: Ask, model: Model) -> Bound:
         # in must fit: beside the bound where that is small, else beside three quarters of the context window.
         beside = min(input_tokens // ask.prompts, model.context_window * 3 // 4)
         most = max(1, min(most, model.context_window - beside))
-    return Bound(input_tokens, answers, most, ask.echo, ask.units)
+    return Bound(input_tokens, answers, most, ask.echo, units, ask.indivisible)
+
+
+def _most_units(units: Metered, model: Model) -> Metered:
+    """What is not tokens, as far as the model goes: of images the dearest that can be meant."""
+    images = tuple(
+        Images(*model.prices.dearest_image(images.size, images.quality), images.count) for images in units.images
+    )
+    longest_ms = model.max_audio_ms or units.audio_ms
+    return replace(units, images=images if model.prices.images else (), audio_ms=min(units.audio_ms, longest_ms))
 
 
 def least_output(bound: Bound) -> int:
     """The output per answer below which the request is not worth forwarding."""
-    return min(bound.output_tokens_each, MIN_OUTPUT_TOKENS)
+    return bound.output_tokens_each if bound.indivisible else min(bound.output_tokens_each, MIN_OUTPUT_TOKENS)
 
 
 def affordable_output(bound: Bound, model: Model, femto: int) -> int:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from gateway.domain.metered import Images, Metered
 from gateway.domain.price import (
     ANY,
+    AUTO,
     FEMTO_PER_NANO,
     Cost,
     Prices,
@@ -359,8 +360,18 @@ def test_nothing_within_a_bound_costs_more_than_the_most(
     assert prices.femto(used) <= prices.most_femto(bound)
 
 
-def test_an_image_of_a_kind_without_a_price_has_none() -> None:
-    prices = Prices(images={("1024x1024", ANY): 5, (ANY, "high"): 7})
+def test_an_image_of_a_kind_without_a_price_costs_what_the_dearest_does_that_may_be_meant() -> None:
+    prices = Prices(images={("1024x1024", ANY): 5, (ANY, "high"): 7, ("512x512", "low"): 9})
     assert (prices.image_femto("1024x1024", "high"), prices.image_femto("8x8", "high")) == (5, 7)
-    with pytest.raises(KeyError):
-        prices.image_femto("8x8", "low")
+    assert (prices.image_femto("8x8", "low"), prices.image_femto("512x512", AUTO)) == (9, 9)
+    assert not prices.sells_image("8x8", "low")
+    assert Prices().image_femto("8x8", "low") == 0
+
+
+def test_an_image_whose_kind_the_upstream_chooses_costs_the_usual_and_holds_the_dearest() -> None:
+    prices = Prices(images={("1024x1024", ANY): 5, ("1024x1024", "hd"): 8, ("512x512", ANY): 3})
+    assert prices.image_femto("1024x1024", AUTO) == 5
+    assert prices.dearest_image("1024x1024", AUTO) == ("1024x1024", "hd")
+    assert prices.dearest_image("512x512", AUTO) == ("512x512", ANY)
+    assert prices.dearest_image(AUTO, AUTO) == ("1024x1024", "hd")
+    assert prices.dearest_image("512x512", "low") == ("512x512", "low")
