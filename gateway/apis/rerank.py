@@ -43,9 +43,10 @@ class Rerank(Api):
         "truncate_prompt_tokens truncation overlap_tokens priority".split()
     )
 
-    def sells(self, model: Model) -> bool:
+    def check_sold(self, ask: Ask, model: Model) -> None:
         """By its tokens, or by the request: a search unit is one."""
-        return model.prices.tokens is not None or model.prices.request_femto is not None
+        if model.prices.tokens is None and model.prices.request_femto is None:
+            raise self.unsold(ask)
 
     def read_answer(self, body: bytes) -> Answer | None:
         """An answer with results."""

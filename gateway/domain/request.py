@@ -51,6 +51,8 @@ class Ask:
     tokens per answer that the client named. units: the most that it uses of what is not tokens; of images whose size or
     quality is AUTO, the dearest are meant. hides_output: what its stream shows says nothing about its cost, so that the
     most is held at once. indivisible: its output cannot be limited, so that the most is held or nothing.
+    likely_audio_ms: how long its audio probably is, for where no upstream tells. answer_format: by the API's own name;
+    empty where there is one only.
     """
 
     operation: Operation
@@ -68,6 +70,8 @@ class Ask:
     units: Metered = NO_UNITS
     hides_output: bool = False
     indivisible: bool = False
+    likely_audio_ms: int = 0
+    answer_format: str = ""
 
     def of_size(self, size_bytes: int) -> "Ask":
         """The same, with the size of the body that will be forwarded added."""

@@ -144,6 +144,28 @@ def broken_body(reason: str) -> Failure:
     )
 
 
+def not_a_form() -> Failure:
+    """A file comes in a form."""
+    return Failure(
+        400,
+        "invalid_request_error",
+        "invalid_body",
+        "The body must be a form: send Content-Type: multipart/form-data with a boundary.",
+        headers=_LAST,
+    )
+
+
+def no_room_for_upload() -> Failure:
+    """The gateway's disk takes no more."""
+    return Failure(
+        503,
+        "api_error",
+        "upload_not_possible",
+        "Uploads cannot be taken at the moment; nothing was charged. Please try again.",
+        headers={"Connection": "close", "Retry-After": "10"},
+    )
+
+
 def body_too_large(most_bytes: int) -> Failure:
     """The request's body is over the limit."""
     return Failure(

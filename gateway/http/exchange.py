@@ -13,6 +13,7 @@ from gateway.config.model import GatewayConfig
 from gateway.credits.service import Identity, Reservation
 from gateway.domain.decision import Settlement
 from gateway.domain.metered import Metered
+from gateway.domain.model import Model
 from gateway.domain.money import format_credits
 from gateway.domain.request import Ask
 from gateway.http.errors import funds_headers, rfc3339
@@ -23,9 +24,9 @@ from gateway.upstream.sse import EventStream
 class Exchange:
     """One request as it goes through, for its answer's headers, its log line and its metrics.
 
-    config: the one that it began with and keeps to its end. slice_tokens: the output of each answer that its stream
-    holds at a time; None where all is held at once. from_page: whether a browser asks for a page of some origin.
-    dialect: of its errors. events: of the stream that answers it, once that has come.
+    config: the one that it began with and keeps to its end. slices: as in Holding. from_page: whether a browser asks
+    for a page of some origin. dialect: of its errors. events: of the stream that answers it, once that has come.
+    answering: the model that answers, once one does.
     """
 
     config: GatewayConfig
@@ -39,7 +40,8 @@ class Exchange:
     ended: bool = False
     settlement: Settlement | None = None
     metered: Metered = field(default_factory=lambda: Metered(0, 0))
-    slice_tokens: int | None = None
+    slices: Mapping[str, int | None] = field(default_factory=dict)
+    answering: Model | None = None
     max_tokens: int | None = None
     decision: str = "none"
     reason: str | None = None
@@ -81,6 +83,8 @@ def credit_headers(exchange: Exchange) -> dict[str, str]:
         if settlement.cost_nano:
             headers["x-credits-source"] = settlement.source
         funds = settlement.funds or funds
+    if exchange.answering is not None and exchange.answering.name != exchange.model_name:
+        headers["x-credits-model"] = exchange.answering.name
     if exchange.max_tokens is not None:
         headers["x-credits-max-tokens"] = str(exchange.max_tokens)
     return headers | funds_headers(funds)

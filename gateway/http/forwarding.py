@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 
 import orjson
@@ -18,12 +18,14 @@ from gateway.domain.request import affordable_output
 from gateway.http import errors
 from gateway.http.exchange import Exchange, credit_headers, request_headers
 from gateway.http.holding import payable_nano
+from gateway.http.multipart import written
+from gateway.http.passing import Passing
 from gateway.http.quote import Quote, forwarded_body
 from gateway.http.relay import StreamRelay
 from gateway.http.reports import Reports
 from gateway.http.settling import Settling
 from gateway.telemetry.metrics import Metrics
-from gateway.upstream.client import UpstreamAnswer, UpstreamClient
+from gateway.upstream.client import Upload, UpstreamAnswer, UpstreamClient, UpstreamUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -42,22 +44,73 @@ class Forwarding:
         self._reports = reports
         self._settling = settling
         self._relay = relay
+        self._passing = Passing(settling)
 
     async def metered(
         self, exchange: Exchange, request: web.BaseRequest, quote: Quote, reservation: Reservation
     ) -> web.StreamResponse:
-        """Forward within what is held, and charge the answer."""
+        """Forward within what is held, to the first model whose upstream takes it, and charge the answer."""
+        last = (quote, *quote.alternatives)[-1]
+        for one in (quote, *quote.alternatives):
+            async with AsyncExitStack() as stack:
+                try:
+                    sent, answer = await self._try(stack, exchange, request, one, reservation)
+                except UpstreamUnavailable as error:
+                    if one is last:
+                        raise
+                    log.warning(
+                        "%s: %s is not to be had, its fallback is asked: %s", exchange.id, one.model.name, error
+                    )
+                    continue
+                if one is not last and _is_the_upstreams_fault(answer.status):
+                    log.warning("%s: %s answers %d, its fallback is asked", exchange.id, one.model.name, answer.status)
+                    continue
+                return await self._answer(exchange, request, sent, answer)
+        raise AssertionError("the last model's answer is taken, whatever it is")
+
+    async def unread(
+        self, exchange: Exchange, request: web.BaseRequest, quote: Quote, target: str, body: Upload | None
+    ) -> web.StreamResponse:
+        """Forward what nobody reads (target: path and query below the upstream's base URL), and charge the answer."""
+        upstream = exchange.config.upstreams[quote.model.upstream]
+        exchange.answering = quote.model
+        async with self._sent(exchange, request, upstream, target, body, request.method) as answer:
+            if not 200 <= answer.status < 300:
+                return await self._pass_error(exchange, answer)
+            return await self._passing.pass_on(exchange, request, quote, answer)
+
+    async def _try(
+        self,
+        stack: AsyncExitStack,
+        exchange: Exchange,
+        request: web.BaseRequest,
+        quote: Quote,
+        reservation: Reservation,
+    ) -> tuple[Quote, UpstreamAnswer]:
+        """What was sent, and the answer, which is open as long as stack is."""
         started = time.perf_counter()
         upstream = exchange.config.upstreams[quote.model.upstream]
         quote = _within_hold(exchange, quote, reservation)
-        body = forwarded_body(quote, upstream)
+        body: bytes | Upload
+        if quote.form is not None:
+            body = written(quote.form, quote.model.sent_as or quote.model.name)
+        else:
+            body = forwarded_body(quote, upstream)
         self._reports.spent(exchange, "forward", started)
-        async with self._sent(exchange, request, upstream, _target_of(request, quote.api), body) as answer:
-            if answer.status != 200:
-                return await self._pass_error(exchange, answer)
-            if quote.ask.stream and answer.content_type == "text/event-stream":
-                return await self._relay.relay(exchange, request, quote, answer)
-            return await self._whole(exchange, quote, answer)
+        sent = self._sent(exchange, request, upstream, _target_of(request, quote.api), body)
+        return quote, await stack.enter_async_context(sent)
+
+    async def _answer(
+        self, exchange: Exchange, request: web.BaseRequest, quote: Quote, answer: UpstreamAnswer
+    ) -> web.StreamResponse:
+        exchange.answering = quote.model
+        if answer.status != 200:
+            return await self._pass_error(exchange, answer)
+        if quote.ask.stream and answer.content_type == "text/event-stream":
+            return await self._relay.relay(exchange, request, quote, answer)
+        if quote.api.passes_bytes and answer.content_type != "application/json":
+            return await self._passing.pass_on(exchange, request, quote, answer)
+        return await self._whole(exchange, quote, answer)
 
     async def free(
         self, exchange: Exchange, request: web.BaseRequest, upstream: Upstream, api: FreeApi, body: bytes
@@ -72,11 +125,17 @@ class Forwarding:
 
     @asynccontextmanager
     async def _sent(
-        self, exchange: Exchange, request: web.BaseRequest, upstream: Upstream, path: str, body: bytes
+        self,
+        exchange: Exchange,
+        request: web.BaseRequest,
+        upstream: Upstream,
+        target: str,
+        body: bytes | Upload | None,
+        method: str = "POST",
     ) -> AsyncIterator[UpstreamAnswer]:
         self._metrics.upstream_started(upstream.name)
         try:
-            async with self._client.send(upstream, "POST", path, request.headers, body) as answer:
+            async with self._client.send(upstream, method, target, request.headers, body) as answer:
                 yield answer
         finally:
             self._metrics.upstream_ended(upstream.name)
@@ -94,12 +153,12 @@ class Forwarding:
 
     async def _whole(self, exchange: Exchange, quote: Quote, answer: UpstreamAnswer) -> web.StreamResponse:
         body = await answer.body(exchange.config.limits.response_bytes)
-        read = quote.api.read_answer(body)
+        read = quote.api.answer_to(quote.ask, body)
         if read is None:
             log.warning("%s: the upstream's answer is of no use", exchange.id)
             return self._reports.fail(exchange, errors.upstream_unavailable())
         self._reports.watch_overrun(exchange, quote, read.usage)
-        await self._settling.charge(exchange, quote.model, read.metered(quote.ask, quote.bound))
+        await self._settling.charge(exchange, quote.model, quote.bound, read.metered(quote.ask, quote.bound))
         headers = credit_headers(exchange)
         return web.Response(body=body, headers={**headers, "Content-Type": answer.content_type_header})
 
@@ -111,10 +170,18 @@ def _target_of(request: web.BaseRequest, api: Api | FreeApi) -> str:
     return f"{api.path}?{known}" if known else api.path
 
 
+def _is_the_upstreams_fault(status: int) -> bool:
+    """Whether another upstream may do better: this one is busy, broken, or refuses the gateway's own key."""
+    return status in (401, 402, 403, 429) or status >= 500
+
+
 def _within_hold(exchange: Exchange, quote: Quote, reservation: Reservation) -> Quote:
     """The quote with its output limited to what the account can pay."""
+    exchange.max_tokens = None
+    if quote.bound.indivisible:  # all of it is held
+        return quote
     payable = reservation.reserved.payg_nano
-    if exchange.slice_tokens is not None:  # the hold will grow, as far as there are credits
+    if exchange.slices.get(quote.model.name) is not None:  # the hold will grow, as far as there are credits
         payable = max(payable, payable_nano(reservation.reserved.funds, reservation.plan))
     affordable = affordable_output(quote.bound, quote.model, payable * FEMTO_PER_NANO)
     if affordable < quote.bound.output_tokens_each or affordable < (quote.ask.max_tokens or 0):

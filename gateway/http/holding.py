@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -38,27 +39,49 @@ class Holding:
     """What to reserve for a request, in femto-credits at list price.
 
     minimum_femto is needed while other requests of the account are in flight; without any, alone_femto is enough.
-    slice_tokens: the output of each answer that a stream holds at a time; None where all is held at once. grows: more
-    may be held later.
+    slices: by model that may answer, the output of each answer that a stream holds at a time; None where all is held
+    at once. grows: more may be held later.
     """
 
     amount_femto: int
     minimum_femto: int
     alone_femto: int
-    slice_tokens: int | None
+    slices: Mapping[str, int | None]
     grows: bool
 
 
-def holding_of(quote: Quote, upstream: Upstream, forecast: OutputForecast) -> Holding:
-    """What a request is to hold before it is forwarded."""
+def holding_of(quote: Quote, upstreams: Mapping[str, Upstream], forecast: OutputForecast) -> Holding:
+    """What a request is to hold before it is forwarded: enough for whichever model will answer."""
+    first = _holding_of(quote, upstreams, forecast)
+    for other in quote.alternatives:
+        more = _holding_of(other, upstreams, forecast)
+        first = Holding(
+            max(first.amount_femto, more.amount_femto),
+            max(first.minimum_femto, more.minimum_femto),
+            max(first.alone_femto, more.alone_femto),
+            {**first.slices, **more.slices},
+            grows=first.grows or more.grows,
+        )
+    return first
+
+
+def _holding_of(quote: Quote, upstreams: Mapping[str, Upstream], forecast: OutputForecast) -> Holding:
     bound, model = quote.bound, quote.model
     least = worst_femto(bound, model, least_output(bound))
-    if not quote.ask.stream or model.hidden_reasoning or upstream.count_output == "maximum":
-        return Holding(worst_femto(bound, model, bound.output_tokens_each), least, least, None, grows=False)
+    if not _follows(quote, upstreams[model.upstream]):
+        amount = worst_femto(bound, model, bound.output_tokens_each)
+        return Holding(amount, least, least, {model.name: None}, grows=False)
     each = forecast.expected(model.name, bound.output_tokens_each)
     # While others stream, less than a whole slice would admit an answer only to cut it soon after.
     amount = worst_femto(bound, model, each)
-    return Holding(amount, amount, least, each, grows=each < bound.output_tokens_each)
+    return Holding(amount, amount, least, {model.name: each}, grows=each < bound.output_tokens_each)
+
+
+def _follows(quote: Quote, upstream: Upstream) -> bool:
+    """Whether what the answer shows while it comes tells what it costs."""
+    ask = quote.ask
+    hides = ask.hides_output or quote.model.hidden_reasoning or upstream.count_output == "maximum"
+    return ask.stream and not hides and not ask.indivisible
 
 
 def payable_nano(funds: Funds, plan: Plan) -> int:
@@ -68,9 +91,12 @@ def payable_nano(funds: Funds, plan: Plan) -> int:
 
 
 def note_of(exchange: Exchange, model: Model, metered: Metered) -> str:
-    """What the ledger says of a charge: the version of the price, what was metered, and where the request came from."""
+    """What the ledger says of a charge: the version of the price, what was metered, where the request came from, and
+    which model answered in place of the one asked."""
     assert exchange.identity is not None
     note = {"price": model.price_version, "tokens": metered.figures(), "source": exchange.identity.source}
+    if exchange.ask is not None and exchange.ask.model != model.name:
+        note["answered_by"] = model.name
     return orjson.dumps(note).decode()
 
 
@@ -91,7 +117,7 @@ class StreamHold:
         self._model = model
         self._events = events
         self._most = bound.metered(bound.output_tokens_each).output
-        self._slice = bound.metered(exchange.slice_tokens or bound.output_tokens_each).output
+        self._slice = bound.metered(exchange.slices.get(model.name) or bound.output_tokens_each).output
         # All but the output that grows.
         self._fixed_femto = model.prices.most_femto(replace(bound.metered(0), output=0))
         self._output_femto = model.prices.dearest_femto(bound.input_tokens)[1]

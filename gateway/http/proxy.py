@@ -8,15 +8,18 @@ failed.
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, closing, nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
 
 from aiohttp import web
 
-from gateway.apis.api import Api
+from gateway.apis.api import Api, Dialect
+from gateway.apis.form import Form
 from gateway.apis.free import FREE_APIS, FreeApi
 from gateway.apis.registry import APIS
-from gateway.config.model import GatewayConfig
+from gateway.config.model import GatewayConfig, Passthrough
 from gateway.credits.errors import StoreError, UnknownPlan
 from gateway.credits.service import LEASE_MS, CreditEngine, Identity, Refused, RepeatKey, Reservation
 from gateway.domain.decision import Denied, Repeated
@@ -29,7 +32,9 @@ from gateway.http.exchange import Exchange, request_headers
 from gateway.http.forwarding import Forwarding
 from gateway.http.holding import holding_of
 from gateway.http.models import ModelsList
-from gateway.http.quote import Quote, read_body, read_free, read_quote, repeat_key
+from gateway.http.multipart import read_form
+from gateway.http.passthrough import UnreadBody, priced_path, unread_quote
+from gateway.http.quote import Quote, invite, read_body, read_form_quote, read_free, read_quote, repeat_key
 from gateway.http.relay import StreamRelay, write
 from gateway.http.reports import Reports
 from gateway.http.settling import Settling
@@ -39,6 +44,15 @@ from gateway.upstream.client import UpstreamClient, UpstreamError
 log = logging.getLogger(__name__)
 
 _PREFIXES = ("/v1", "/api/v1")
+
+
+@dataclass(frozen=True, slots=True)
+class _Endpoint:
+    """What answers a path: for which methods, how, and in whose words it tells errors."""
+
+    methods: Sequence[str]
+    serve: Callable[[Exchange, web.BaseRequest, Identity], Awaitable[web.StreamResponse]]
+    dialect: Dialect = "openai"
 
 
 class Proxy:
@@ -135,24 +149,33 @@ class Proxy:
 
     async def _route(self, exchange: Exchange, request: web.BaseRequest) -> web.StreamResponse:
         path = next((request.path[len(p) :] for p in _PREFIXES if request.path.startswith(p + "/")), "")
-        api, free = APIS.get(path), FREE_APIS.get(path)
-        if api is None and free is None and path != "/models" and not path.startswith("/models/"):
+        endpoint = self._endpoint(exchange, request, path)
+        if endpoint is None:
+            exchange.dialect = "anthropic" if path.startswith("/messages") else "openai"
             return self._reports.fail(exchange, errors.unknown_path(request.method, request.path))
-        if answering := api or free:
-            exchange.dialect = answering.dialect
-        allowed = "POST" if api or free else "GET"
-        if request.method != allowed:
-            return self._reports.fail(exchange, errors.wrong_method(request.method, allowed))
+        exchange.dialect = endpoint.dialect
+        if request.method not in endpoint.methods:
+            return self._reports.fail(exchange, errors.wrong_method(request.method, ", ".join(endpoint.methods)))
         identity = await self._authenticate(exchange, request)
         if identity is None:
             return self._reports.fail(exchange, errors.bad_key())
-        if api is not None:
-            return await self._meter(exchange, request, api, identity)
-        if free is not None:
-            return await self._pass_free(exchange, request, free)
-        return await self._list_models(exchange, path)
+        return await endpoint.serve(exchange, request, identity)
 
-    async def _pass_free(self, exchange: Exchange, request: web.BaseRequest, api: FreeApi) -> web.StreamResponse:
+    def _endpoint(self, exchange: Exchange, request: web.BaseRequest, path: str) -> "_Endpoint | None":
+        """What answers a path below ``/v1``."""
+        if api := APIS.get(path):
+            return _Endpoint(("POST",), partial(self._meter, api), api.dialect)
+        if free := FREE_APIS.get(path):
+            return _Endpoint(("POST",), partial(self._pass_free, free), free.dialect)
+        if path == "/models" or path.startswith("/models/"):
+            return _Endpoint(("GET",), partial(self._list_models, path.removeprefix("/models").removeprefix("/")))
+        if rule := priced_path(exchange.config, path, request.rel_url.raw_path):
+            return _Endpoint(sorted(rule.methods), partial(self._pass_unread, rule))
+        return None
+
+    async def _pass_free(
+        self, api: FreeApi, exchange: Exchange, request: web.BaseRequest, _: Identity
+    ) -> web.StreamResponse:
         raw = await read_body(request, exchange.config.limits.body_bytes)
         if isinstance(raw, Failure):
             return self._reports.fail(exchange, raw)
@@ -167,19 +190,49 @@ class Proxy:
         return await self._forwarding.free(exchange, request, upstream, api, body)
 
     async def _meter(
-        self, exchange: Exchange, request: web.BaseRequest, api: Api, identity: Identity
+        self, api: Api, exchange: Exchange, request: web.BaseRequest, identity: Identity
     ) -> web.StreamResponse:
-        quote = await self._quote(exchange, request, api)
-        if isinstance(quote, Failure):
-            return self._reports.fail(exchange, quote)
-        repeat = _repeat_of(request, quote, identity)
-        if isinstance(repeat, Failure):
-            return self._reports.fail(exchange, repeat)
-        reservation = await self._reserve(exchange, identity, quote, repeat)
+        form = await read_form(request, exchange.config.limits.upload_bytes) if api.takes_form else None
+        if isinstance(form, Failure):
+            return self._reports.fail(exchange, form)
+        with nullcontext() if form is None else closing(form):
+            quote = await self._quote(exchange, request, api, form)
+            if isinstance(quote, Failure):
+                return self._reports.fail(exchange, quote)
+            repeat = _repeat_of(request, quote, identity)
+            if isinstance(repeat, Failure):
+                return self._reports.fail(exchange, repeat)
+            reservation = await self._reserve(exchange, identity, quote, repeat)
+            if isinstance(reservation, web.Response):
+                return reservation
+            async with self._ending(exchange, reservation):
+                return await self._forwarding.metered(exchange, request, quote, reservation)
+
+    async def _pass_unread(
+        self, rule: Passthrough, exchange: Exchange, request: web.BaseRequest, identity: Identity
+    ) -> web.StreamResponse:
+        most_bytes = exchange.config.limits.upload_bytes
+        if failure := await invite(request, most_bytes):
+            return self._reports.fail(exchange, failure)
+        quote, body = unread_quote(rule), UnreadBody(request, most_bytes)
+        exchange.ask = quote.ask
+        reservation = await self._reserve(exchange, identity, quote, None)
         if isinstance(reservation, web.Response):
             return reservation
+        target = request.rel_url.raw_path_qs.removeprefix("/api").removeprefix("/v1")
+        async with self._ending(exchange, reservation):
+            try:
+                return await self._forwarding.unread(exchange, request, quote, target, body.upload())
+            except UpstreamError:
+                if not body.too_large:
+                    raise
+                return self._reports.fail(exchange, errors.body_too_large(most_bytes))
+
+    @asynccontextmanager
+    async def _ending(self, exchange: Exchange, reservation: Reservation) -> AsyncIterator[None]:
+        """Whatever happens in the block, the reservation has ended when it is left."""
         try:
-            return await self._forwarding.metered(exchange, request, quote, reservation)
+            yield
         finally:
             if not exchange.ended:
                 await self._engine.void(reservation)
@@ -195,14 +248,15 @@ class Proxy:
 
     # --- quote --------------------------------------------------------------------------------------------------
 
-    async def _quote(self, exchange: Exchange, request: web.BaseRequest, api: Api) -> Quote | Failure:
-        most_bytes = exchange.config.limits.body_bytes
-        raw = await read_body(request, most_bytes)
+    async def _quote(
+        self, exchange: Exchange, request: web.BaseRequest, api: Api, form: Form | None
+    ) -> Quote | Failure:
+        raw = b"" if form else await read_body(request, exchange.config.limits.body_bytes)
         if isinstance(raw, Failure):
             return raw
         started = time.perf_counter()
         try:
-            quote = read_quote(exchange.config, api, raw)
+            quote = read_form_quote(exchange.config, api, form) if form else read_quote(exchange.config, api, raw)
         except InvalidRequest as error:
             return errors.invalid_body(error)
         exchange.ask = quote.ask if isinstance(quote, Quote) else None
@@ -215,7 +269,7 @@ class Proxy:
         self, exchange: Exchange, identity: Identity, quote: Quote, repeat: RepeatKey | None
     ) -> Reservation | web.Response:
         started = time.perf_counter()
-        holding = holding_of(quote, exchange.config.upstreams[quote.model.upstream], self._forecast)
+        holding = holding_of(quote, exchange.config.upstreams, self._forecast)
         outcome = await self._engine.reserve(
             identity,
             exchange.number,
@@ -229,7 +283,7 @@ class Proxy:
         )
         self._reports.spent(exchange, "reserve", started)
         if isinstance(outcome, Reservation):
-            exchange.reservation, exchange.slice_tokens = outcome, holding.slice_tokens
+            exchange.reservation, exchange.slices = outcome, holding.slices
             self._reports.decide(exchange, "admitted", outcome.reserved.source, outcome.plan.name)
             return outcome
         return self._refuse(exchange, quote, outcome)
@@ -252,8 +306,9 @@ class Proxy:
 
     # --- models -------------------------------------------------------------------------------------------------
 
-    async def _list_models(self, exchange: Exchange, path: str) -> web.Response:
-        name = path.removeprefix("/models").removeprefix("/")
+    async def _list_models(
+        self, name: str, exchange: Exchange, request: web.BaseRequest, _: Identity
+    ) -> web.StreamResponse:
         body = await self._models.one(name) if name else await self._models.all()
         if body is None:
             return self._reports.fail(exchange, errors.unknown_model(name))

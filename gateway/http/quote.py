@@ -4,7 +4,8 @@ import asyncio
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -12,6 +13,7 @@ from aiohttp import web
 from aiohttp.web_exceptions import HTTPException
 
 from gateway.apis.api import Api
+from gateway.apis.form import Form
 from gateway.apis.free import FreeApi
 from gateway.config.model import GatewayConfig, Upstream
 from gateway.credits.service import RepeatKey
@@ -31,7 +33,9 @@ _HASH_DIGITS = 24
 @dataclass(frozen=True, slots=True)
 class Quote:
     """A request that may be reserved for: what it asks, of which model, and its bound. body: what will be forwarded,
-    but for the fields that the gateway writes anew, which come before it; taken: what the client wrote in them."""
+    but for the fields that the gateway writes anew, which come before it; taken: what the client wrote in them. form:
+    what came instead of JSON. alternatives: the same of other models, which answer where this one's upstream fails.
+    """
 
     api: Api
     ask: Ask
@@ -39,14 +43,23 @@ class Quote:
     bound: Bound
     taken: Mapping[str, Any]
     body: bytes
+    form: Form | None = None
+    alternatives: tuple["Quote", ...] = ()
 
 
-async def read_body(request: web.BaseRequest, most_bytes: int) -> bytes | Failure:
-    """The request's whole body, decompressed, or why it is not taken."""
+async def invite(request: web.BaseRequest, most_bytes: int) -> Failure | None:
+    """Let a client that waits for it send its body, unless it says that it is too large."""
     if (request.content_length or 0) > most_bytes:
         return errors.body_too_large(most_bytes)
     if request.headers.get("Expect", "").lower() == "100-continue":
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    return None
+
+
+async def read_body(request: web.BaseRequest, most_bytes: int) -> bytes | Failure:
+    """The request's whole body, decompressed, or why it is not taken."""
+    if failure := await invite(request, most_bytes):
+        return failure
     parts, size = [], 0
     try:
         async with asyncio.timeout(_BODY_S):
@@ -77,18 +90,35 @@ def read_quote(config: GatewayConfig, api: Api, raw: bytes) -> Quote | Failure:
     mean the same on both sides, and the length of what is forwarded bounds the tokens of its text.
 
     Raises InvalidRequest."""
-    body = _read_json(raw)
+    return _read_quote(config, api, _read_json(raw), None)
+
+
+def read_form_quote(config: GatewayConfig, api: Api, form: Form) -> Quote | Failure:
+    """The same of a form. Raises InvalidRequest."""
+    return _read_quote(config, api, form.document(api.typed_fields), form)
+
+
+def _read_quote(config: GatewayConfig, api: Api, body: object, form: Form | None) -> Quote | Failure:
     model = _model_of(config, body)
-    allowed = config.upstreams[model.upstream].allow_fields if model else ()
+    if model is None:
+        return errors.unknown_model(api.read(body).model)
+    assert isinstance(body, dict)  # what is none names no model
+    first = _quote_of(config, api, body, model, form)
+    alternatives = []
+    for name in model.fallbacks:
+        with suppress(InvalidRequest):  # what another model does not sell, it does not answer
+            alternatives.append(_quote_of(config, api, body, config.models[name], form))
+    return replace(first, alternatives=tuple(alternatives))
+
+
+def _quote_of(config: GatewayConfig, api: Api, body: dict[str, Any], model: Model, form: Form | None) -> Quote:
+    ask = api.read(body, config.upstreams[model.upstream].allow_fields)
+    api.check_sold(ask, model)
+    if form is not None:
+        return Quote(api, ask, model, bound_of(ask, model), {}, b"", form)
+    taken = {name: body[name] for name in api.set_fields if name in body}
     try:
-        ask = api.read(body, allowed)
-        if model is None:
-            return errors.unknown_model(ask.model)
-        assert isinstance(body, dict)  # read_request refuses anything else
-        if not api.sells(model):
-            raise InvalidRequest(f"the model {ask.model!r} has no price for {api.path}", "model")
-        taken = {name: body.pop(name) for name in api.set_fields if name in body}
-        forwarded = orjson.dumps(_renamed(body, model))
+        forwarded = orjson.dumps(_renamed({name: body[name] for name in body if name not in taken}, model))
         orjson.dumps(taken)  # it is written later, when it is too late to refuse it
     except orjson.JSONEncodeError as error:
         raise InvalidRequest("it is nested too deeply") from error
@@ -127,7 +157,8 @@ def repeat_key(quote: Quote, account: str, key: str) -> RepeatKey | Failure:
         return errors.invalid_idempotency_key()
     # As the client wrote it: what the gateway sets, by the credits of the moment, is no part of what was asked.
     asked = orjson.dumps([quote.api.name, quote.taken])
-    return RepeatKey(key_hash=_hash(f"{account}\n{key}".encode()), body_hash=_hash(asked + quote.body))
+    content = quote.body if quote.form is None else quote.form.digest.encode()
+    return RepeatKey(key_hash=_hash(f"{account}\n{key}".encode()), body_hash=_hash(asked + content))
 
 
 def _hash(data: bytes) -> str:

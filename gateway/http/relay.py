@@ -70,7 +70,7 @@ class StreamRelay:
             return await self._run(stream)
         except (asyncio.CancelledError, ConnectionResetError):
             # The client hung up: leaving the block stops the upstream; what was sent is paid for.
-            if not exchange.ended and events.has_output and not events.failed:
+            if not exchange.ended and events.payable and not events.failed:
                 await self._charge_as_seen(stream)
             raise
 
@@ -84,7 +84,7 @@ class StreamRelay:
             return await self._break_off(stream, failure)
         if not events.failed and not exchange.ended:
             self._learn(stream)
-            await self._settling.charge(exchange, stream.quote.model, events.metered(complete=True))
+            await self._settling.charge(exchange, stream.quote.model, stream.quote.bound, events.metered(complete=True))
         if not stream.response.prepared:
             await stream.response.prepare(stream.request)
         await write(stream.response, events.closing(cost_fields(exchange.settlement)), last=True)
@@ -96,14 +96,8 @@ class StreamRelay:
         hold = StreamHold(self._engine, exchange, stream.quote, events)
         try:
             await self._flow(stream, hold)
-        except (DeadlinePassed, TimeoutError, Overrun) as error:
-            log.warning("%s: the stream was cut: %s", exchange.id, error or "it took longer than total_timeout")
-            # No failure of the upstream's, which bills what it made: so is the client billed for what it got.
-            await self._charge_as_seen(stream)
-            return errors.deadline_passed(charged=events.has_output)
-        except (UpstreamError, BrokenStream) as error:
-            log.warning("%s: the upstream's stream broke: %s", exchange.id, error)
-            return errors.upstream_failed(error)
+        except (UpstreamError, BrokenStream, TimeoutError, Overrun) as error:
+            return await self._broken(stream, error)
         except CreditsEnded:
             self._learn(stream)
             await self._stop(stream)
@@ -117,14 +111,29 @@ class StreamRelay:
             return errors.store_lost(charged=events.has_output)
         finally:
             hold.close()
-        if events.done or events.failed:
+        if events.done or events.complete or events.failed:
             return None
         log.warning("%s: the upstream's stream ended too early", exchange.id)
         return errors.upstream_unavailable()
 
+    async def _broken(self, stream: _Stream, error: Exception) -> Failure | None:
+        """What to say of a stream that was cut or broke; None where all of the answer had come."""
+        exchange, events = stream.exchange, stream.events
+        if events.complete:
+            log.info("%s: the upstream did not end its stream: %s", exchange.id, error)
+            return None
+        if isinstance(error, DeadlinePassed | TimeoutError | Overrun):
+            log.warning("%s: the stream was cut: %s", exchange.id, error or "it took longer than total_timeout")
+            # No failure of the upstream's, which bills what it made: so is the client billed for what it got.
+            await self._charge_as_seen(stream)
+            return errors.deadline_passed(charged=events.has_output)
+        log.warning("%s: the upstream's stream broke: %s", exchange.id, error)
+        return errors.upstream_failed(error)
+
     def _learn(self, stream: _Stream) -> None:
-        answers = stream.quote.bound.answers
-        self._forecast.add(stream.quote.model.name, -(-stream.events.counted // answers))
+        bound = stream.quote.bound
+        if not bound.indivisible:
+            self._forecast.add(stream.quote.model.name, -(-stream.events.counted // bound.answers))
 
     async def _flow(self, stream: _Stream, hold: StreamHold) -> None:
         """Hand the client what comes, as far as it is held for. Raises what ends a stream before its end."""
@@ -160,7 +169,8 @@ class StreamRelay:
         await self._charge_as_seen(stream)
 
     async def _charge_as_seen(self, stream: _Stream) -> None:
-        await self._settling.charge(stream.exchange, stream.quote.model, stream.events.metered(complete=False))
+        quote, events = stream.quote, stream.events
+        await self._settling.charge(stream.exchange, quote.model, quote.bound, events.metered(complete=False))
 
     async def _break_off(self, stream: _Stream, failure: Failure) -> web.StreamResponse:
         exchange = stream.exchange

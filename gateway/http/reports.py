@@ -60,11 +60,11 @@ class Reports:
         ask, reservation, identity = exchange.ask, exchange.reservation, exchange.identity
         settlement = exchange.settlement
         first_byte_s = None if exchange.first_byte is None else exchange.first_byte - exchange.started
-        if ask is not None and settlement is not None:
+        if ask is not None and settlement is not None and exchange.answering is not None:
             self._metrics.request_finished(
                 ask.operation,
                 ask.model,
-                exchange.config.models[ask.model].upstream,
+                exchange.answering.upstream,
                 now - exchange.started,
                 exchange.metered.input,
                 exchange.metered.output,

@@ -7,6 +7,7 @@ from gateway.credits.errors import EngineError, StoreError
 from gateway.credits.service import CreditEngine
 from gateway.domain.metered import Metered
 from gateway.domain.model import Model
+from gateway.domain.request import Bound, worst_femto
 from gateway.http.exchange import Exchange
 from gateway.http.holding import note_of
 from gateway.http.reports import Reports
@@ -21,15 +22,17 @@ class Settling:
         self._engine = engine
         self._reports = reports
 
-    async def charge(self, exchange: Exchange, model: Model, tokens: Metered) -> None:
-        """Settle the exchange's reservation, which has ended then whatever the store says. Raises only what cancels."""
+    async def charge(self, exchange: Exchange, model: Model, bound: Bound, tokens: Metered) -> None:
+        """Settle the exchange's reservation, which has ended then whatever the store says: tokens at the prices of the
+        model that answered, never more than bound's. Raises only what cancels."""
         started = time.perf_counter()
         assert exchange.reservation is not None
         exchange.ended = True
         exchange.metered = tokens
         note = note_of(exchange, model, tokens)
         try:
-            exchange.settlement = await self._engine.settle(exchange.reservation, model.prices.femto(tokens), note)
+            cost_femto = min(model.prices.femto(tokens), worst_femto(bound, model, bound.output_tokens_each))
+            exchange.settlement = await self._engine.settle(exchange.reservation, cost_femto, note)
         except StoreError as error:
             # The engine goes on trying; the client has its answer and shall not lose it.
             log.warning("%s: the settlement is put off: %s", exchange.id, error)

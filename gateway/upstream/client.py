@@ -7,8 +7,9 @@ UpstreamError
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 
 import aiohttp
 from multidict import CIMultiDict
@@ -40,6 +41,15 @@ class UpstreamTimeout(UpstreamError):
 
 class DeadlinePassed(UpstreamTimeout):
     """The answer took longer than the gateway lets any take; the upstream itself did not fail."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A body that is not in memory. size_bytes: None where it is not known. chunks: all of it."""
+
+    content_type: str
+    size_bytes: int | None
+    chunks: Callable[[], AsyncIterator[bytes]]
 
 
 class UpstreamAnswer:
@@ -97,9 +107,9 @@ class UpstreamClient:
 
     @asynccontextmanager
     async def send(
-        self, upstream: Upstream, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
+        self, upstream: Upstream, method: str, path: str, headers: Mapping[str, str], body: bytes | Upload | None = None
     ) -> AsyncIterator[UpstreamAnswer]:
-        """Send a request (path: below the base URL); the answer, until the block is left.
+        """Send a request (path: below the base URL; body: JSON, or an upload); the answer, until the block is left.
 
         Leaving it before the body's end closes the connection, which tells the upstream to stop. Where no connection is
         to be had it is tried once more, because nothing was sent then; whatever came of a request that was sent stands.
@@ -115,8 +125,8 @@ class UpstreamClient:
             return await self._session.request(
                 method,
                 upstream.base_url + path,
-                data=body,
-                headers=_headers_for(upstream, headers, has_body=body is not None),
+                data=body.chunks() if isinstance(body, Upload) else body,
+                headers=_headers_for(upstream, headers, body),
                 timeout=timeout,
                 allow_redirects=False,
             )
@@ -134,7 +144,7 @@ class UpstreamClient:
             response.release() if response.content.is_eof() else response.close()
 
 
-def _headers_for(upstream: Upstream, headers: Mapping[str, str], *, has_body: bool) -> CIMultiDict[str]:
+def _headers_for(upstream: Upstream, headers: Mapping[str, str], body: bytes | Upload | None) -> CIMultiDict[str]:
     chosen = CIMultiDict(
         (name, value)
         for name, value in headers.items()
@@ -142,7 +152,11 @@ def _headers_for(upstream: Upstream, headers: Mapping[str, str], *, has_body: bo
     )
     chosen.setdefault("User-Agent", f"quota-gateway/{__version__}")
     chosen["Accept-Encoding"] = "identity"  # the usage is read from the bytes as they come
-    if has_body:
+    if isinstance(body, Upload):
+        chosen["Content-Type"] = body.content_type
+        if body.size_bytes is not None:
+            chosen["Content-Length"] = str(body.size_bytes)
+    elif body is not None:
         chosen["Content-Type"] = "application/json"
     if upstream.api_key:
         key = upstream.api_key.reveal()

@@ -71,6 +71,16 @@ class EventStream(ABC):
         return self._count.tokens
 
     @property
+    def payable(self) -> bool:
+        """Whether there is anything to pay for: what the client was handed, or what it caused and does not see."""
+        return self.has_output or (self.usage is not None and self.usage.unseen)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of the answer has come, though the stream has not ended yet."""
+        return False
+
+    @property
     def waiting(self) -> bool:
         """Whether there is output that was not covered."""
         return bool(self._waiting)
@@ -165,6 +175,11 @@ class EventStream(ABC):
     def _most_output(self) -> int:
         return self._bound.metered(self._bound.output_tokens_each).output
 
+    @property
+    def _most_events(self) -> int:
+        """Of more events with output than this, the upstream was not asked."""
+        return 2 * self._most_output + _SPARE_EVENTS
+
     def _pass_on(self, block: bytes, covered: int) -> bytes:
         if self._overran:
             raise Overrun("the upstream sends more output than it was asked for")
@@ -181,7 +196,7 @@ class EventStream(ABC):
             block = self._one_by_one(split_events(block), covered)
         else:
             self._count.add(texts)
-        if self._count.events > 2 * self._most_output + _SPARE_EVENTS:
+        if self._count.events > self._most_events:
             self._overran = True  # said with the next piece, so that this one is handed out before it is charged
         return block
 

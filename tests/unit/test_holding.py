@@ -73,7 +73,7 @@ async def stream() -> AsyncIterator[Callable[..., Stream]]:
         fake = FakeEngine(credits, **engine)
         exchange = Exchange(cast(GatewayConfig, None))
         exchange.identity = Identity("a", "k", "chat")
-        exchange.slice_tokens = SLICE
+        exchange.slices = {MODEL.name: SLICE}
         funds = Funds("p", credits, INPUT + SLICE, now_ms=0, sequence=1)
         reserved = Reserved("rsv", INPUT + SLICE, 0, INPUT + SLICE, funds)
         exchange.reservation = Reservation("a", Plan("p"), "m", "k", 0, reserved)

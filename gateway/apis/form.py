@@ -1,0 +1,89 @@
+"""A request's body in ``multipart/form-data``, as the endpoints see it: text fields, and files that stay on disk."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import orjson
+
+from gateway.domain.request import InvalidRequest
+
+#: What is kept of a file's beginning, to see how long its audio is.
+HEAD_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """One file of a form. name: of its field. head: its first HEAD_BYTES. content: all of it, open for reading."""
+
+    name: str
+    filename: str
+    content_type: str
+    size_bytes: int
+    head: bytes
+    content: BinaryIO
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """fields: in the order in which they came, names as they were written. digest: SHA-256 of all of it, hex."""
+
+    fields: tuple[tuple[str, str], ...]
+    files: tuple[File, ...]
+    digest: str
+
+    def document(self, typed: Collection[str]) -> dict[str, Any]:
+        """The fields as if they had come in JSON. typed: those that are numbers or true and false. A name that ends in
+        ``[]`` is a list's; a file's field holds a list of files.
+
+        Raises InvalidRequest for a field that is given twice or cannot be read: which of two counts would be the
+        upstream's guess.
+        """
+        document: dict[str, Any] = {}
+        for written, value in self.fields:
+            name = written.removesuffix("[]")
+            if written != name:
+                document.setdefault(name, [])
+                if not isinstance(document[name], list):
+                    raise _twice(name)
+                document[name].append(value)
+            elif name in document:
+                raise _twice(name)
+            else:
+                document[name] = _typed(name, value) if name in typed else value
+        for file in self.files:
+            name = file.name.removesuffix("[]")
+            others = document.setdefault(name, [])
+            if not isinstance(others, list) or not all(isinstance(other, File) for other in others):
+                raise _twice(name)
+            others.append(file)
+        return document
+
+    def close(self) -> None:
+        """Give the files' room on disk back."""
+        for file in self.files:
+            file.content.close()
+
+
+def files_of(body: Mapping[str, Any], name: str, most: int) -> list[File]:
+    """The files in a field, at most so many; empty where there are none. Raises InvalidRequest."""
+    files = body.get(name) or []
+    if not isinstance(files, list) or not all(isinstance(file, File) for file in files):
+        raise InvalidRequest(f"{name!r} must be a file", name)
+    if len(files) > most:
+        raise InvalidRequest(f"{name!r} must be at most {most} files", name)
+    return files
+
+
+def _typed(name: str, value: str) -> object:
+    try:
+        read = orjson.loads(value)
+    except orjson.JSONDecodeError:
+        read = None
+    if isinstance(read, (bool, int, float)):
+        return read
+    raise InvalidRequest(f"{name!r} must be a number, or true or false", name)
+
+
+def _twice(name: str) -> InvalidRequest:
+    return InvalidRequest(f"{name[:64]!r} is given twice", name[:64])

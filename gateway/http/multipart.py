@@ -1,0 +1,198 @@
+"""Forms: read from a client with the files put aside on disk, and written anew for the upstream.
+
+A file is not held in memory, and it is not sent on before all of the form has come: the fields that say what it will
+cost may stand behind it. What is priced is what is forwarded: the upstream gets the fields as they were understood
+here, in a form of the gateway's own making.
+"""
+
+import asyncio
+import hashlib
+import logging
+import re
+import secrets
+import tempfile
+from collections.abc import AsyncIterator
+from typing import BinaryIO
+
+from aiohttp import BodyPartReader, MultipartReader, web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web_exceptions import HTTPException
+
+from gateway.apis.form import HEAD_BYTES, File, Form
+from gateway.http import errors
+from gateway.http.errors import Failure
+from gateway.http.quote import invite
+from gateway.upstream.client import Upload
+
+#: Parts of a form, and bytes of all its text fields.
+MAX_PARTS = 64
+MAX_TEXT_BYTES = 2**20
+#: How long an upload may take.
+UPLOAD_S = 900.0
+
+_CHUNK_BYTES = 2**18
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}(\[\])?")
+_UNQUOTABLE = re.compile(r'[\x00-\x1f\x7f"\\]')
+_MEDIA_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]{1,64}/[A-Za-z0-9!#$&^_.+-]{1,64}(; ?[a-z]+=[A-Za-z0-9,._-]{1,64})?")
+
+
+log = logging.getLogger(__name__)
+
+
+class _Refused(Exception):
+    """The form is not taken; failure says why."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+async def read_form(request: web.BaseRequest, most_bytes: int) -> Form | Failure:
+    """The request's form, or why it is not taken. Whoever gets a form closes it."""
+    if not request.headers.get("Content-Type", "").lower().startswith("multipart/form-data"):
+        return errors.not_a_form()
+    if failure := await invite(request, most_bytes):
+        return failure
+    reading = _Reading(most_bytes)
+    try:
+        async with asyncio.timeout(UPLOAD_S):
+            await reading.read(request)
+        return reading.form()
+    except BaseException as error:
+        reading.close()
+        if failure := _failure_of(error):
+            return failure
+        raise
+
+
+def _failure_of(error: BaseException) -> Failure | None:  # noqa: PLR0911 – one for each kind of error
+    """What to tell the client of what kept its form from being read; None for what is not about the form."""
+    match error:
+        case _Refused():
+            return error.failure
+        case TimeoutError():
+            return errors.body_too_slow()
+        case OSError() if not isinstance(error, ConnectionError):
+            log.error("an upload cannot be put aside: %s", error)
+            return errors.no_room_for_upload()
+        case web.RequestPayloadError() | HttpProcessingError() | HTTPException():
+            return errors.broken_body(str(error))
+        case ValueError() | RuntimeError() | AssertionError():  # what aiohttp raises for a form that is none
+            return errors.broken_body(str(error) or "it is no form")
+    return None
+
+
+class _Reading:
+    """One form on its way in."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._left_bytes = most_bytes
+        self._most_bytes = most_bytes
+        self._text_bytes = 0
+        self._fields: list[tuple[str, str]] = []
+        self._files: list[File] = []
+        self._digest = hashlib.sha256()
+
+    def form(self) -> Form:
+        """All that was read."""
+        return Form(tuple(self._fields), tuple(self._files), self._digest.hexdigest())
+
+    def close(self) -> None:
+        """Give the room on disk back."""
+        self.form().close()
+
+    async def read(self, request: web.BaseRequest) -> None:
+        """Read to the form's end."""
+        reader = MultipartReader(request.headers, request.content)
+        count = 0
+        while (part := await reader.next()) is not None:
+            count += 1
+            if count > MAX_PARTS:
+                raise ValueError(f"it has more than {MAX_PARTS} parts")
+            if not isinstance(part, BodyPartReader):
+                raise ValueError("a part of it is a form itself")
+            await self._take(part)
+        async for rest in request.content.iter_any():  # what stands behind the form's end
+            self._count(len(rest))
+
+    async def _take(self, part: BodyPartReader) -> None:
+        name = part.name or ""
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"a part of it has no name, or one that is none: {name[:64]!r}")
+        encoded = part.headers.get("Content-Encoding") or part.headers.get("Content-Transfer-Encoding") or "binary"
+        if encoded.lower() not in ("binary", "7bit", "8bit", "identity"):
+            raise ValueError(f"the part {name!r} is encoded, which is not supported here")
+        self._digest.update(f"\n{name}\n{part.filename or ''}\n".encode(errors="replace"))
+        if part.filename is None:
+            self._fields.append((name, await self._text_of(part)))
+        else:
+            await self._put_aside(part, name, part.filename)
+
+    async def _text_of(self, part: BodyPartReader) -> str:
+        pieces = []
+        while piece := await part.read_chunk(_CHUNK_BYTES):
+            self._text_bytes += len(piece)
+            if self._text_bytes > MAX_TEXT_BYTES:
+                raise ValueError(f"its text fields have more than {MAX_TEXT_BYTES} bytes")
+            self._count(len(piece))
+            self._digest.update(piece)
+            pieces.append(piece)
+        return b"".join(pieces).decode()
+
+    async def _put_aside(self, part: BodyPartReader, name: str, filename: str) -> None:
+        # Without a name on disk: whatever becomes of this process, nothing of it stays.
+        content: BinaryIO = await asyncio.to_thread(tempfile.TemporaryFile)
+        size, head = 0, b""
+        try:
+            while piece := await part.read_chunk(_CHUNK_BYTES):
+                self._count(len(piece))
+                self._digest.update(piece)
+                head = head + piece[: HEAD_BYTES - len(head)] if len(head) < HEAD_BYTES else head
+                size += len(piece)
+                await asyncio.to_thread(content.write, piece)
+            await asyncio.to_thread(content.flush)
+        except BaseException:
+            content.close()
+            raise
+        media_type = part.headers.get("Content-Type", "")
+        if not _MEDIA_TYPE.fullmatch(media_type):
+            media_type = "application/octet-stream"
+        self._files.append(File(name, filename, media_type, size, head, content))
+
+    def _count(self, size_bytes: int) -> None:
+        self._left_bytes -= size_bytes
+        if self._left_bytes < 0:
+            raise _Refused(errors.body_too_large(self._most_bytes))
+
+
+def written(form: Form, model: str) -> Upload:
+    """The form as it is sent to the upstream, which calls the model so. It can be sent more than once."""
+    boundary = f"qg-{secrets.token_hex(16)}"
+    pieces: list[bytes | File] = []
+    for name, value in form.fields:
+        shown = model if name == "model" else value
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{shown}\r\n'
+        pieces.append(head.encode())
+    for file in form.files:
+        filename = _UNQUOTABLE.sub("_", file.filename)[:255]
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="{file.name}"; filename="{filename}"\r\n'
+        pieces += [f"{head}Content-Type: {file.content_type}\r\n\r\n".encode(), file, b"\r\n"]
+    pieces.append(f"--{boundary}--\r\n".encode())
+    size = sum(piece.size_bytes if isinstance(piece, File) else len(piece) for piece in pieces)
+    return Upload(f"multipart/form-data; boundary={boundary}", size, lambda: _chunks(pieces))
+
+
+async def _chunks(pieces: list[bytes | File]) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        if isinstance(piece, bytes):
+            yield piece
+            continue
+        offset = 0
+        while chunk := await asyncio.to_thread(_read_at, piece.content, offset):
+            offset += len(chunk)
+            yield chunk
+
+
+def _read_at(content: BinaryIO, offset: int) -> bytes:
+    content.seek(offset)
+    return content.read(_CHUNK_BYTES)
