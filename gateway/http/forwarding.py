@@ -1,18 +1,21 @@
 """Sends a request to its upstream, and makes the client's answer of what comes back."""
 
 import logging
+import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 
 import orjson
 from aiohttp import web
+from multidict import CIMultiDict
 
 from gateway.apis.api import Api
 from gateway.apis.free import FreeApi
 from gateway.config.model import Upstream
 from gateway.credits.service import Reservation
+from gateway.domain.model import Model
 from gateway.domain.price import FEMTO_PER_NANO
 from gateway.domain.request import affordable_output
 from gateway.http import errors
@@ -31,6 +34,8 @@ log = logging.getLogger(__name__)
 
 _MOST_ERROR_BYTES = 2**20
 _MOST_RETRY_S = 60
+_BETAS = "anthropic-beta"
+_WIDE_CONTEXT = re.compile(r"context-([0-9]{1,3})m")
 
 
 class Forwarding:
@@ -74,7 +79,7 @@ class Forwarding:
         """Forward what nobody reads (target: path and query below the upstream's base URL), and charge the answer."""
         upstream = exchange.config.upstreams[quote.model.upstream]
         exchange.answering = quote.model
-        async with self._sent(exchange, request, upstream, target, body, request.method) as answer:
+        async with self._sent(upstream, target, request.headers, body, request.method) as answer:
             if not 200 <= answer.status < 300:
                 return await self._pass_error(exchange, answer)
             return await self._passing.pass_on(exchange, request, quote, answer)
@@ -97,7 +102,7 @@ class Forwarding:
         else:
             body = forwarded_body(quote, upstream)
         self._reports.spent(exchange, "forward", started)
-        sent = self._sent(exchange, request, upstream, _target_of(request, quote.api), body)
+        sent = self._sent(upstream, _target_of(request, quote.api), _headers_of(request, quote.model), body)
         return quote, await stack.enter_async_context(sent)
 
     async def _answer(
@@ -116,7 +121,7 @@ class Forwarding:
         self, exchange: Exchange, request: web.BaseRequest, upstream: Upstream, api: FreeApi, body: bytes
     ) -> web.Response:
         """Forward as it is, and pass the answer on."""
-        async with self._sent(exchange, request, upstream, _target_of(request, api), body) as answer:
+        async with self._sent(upstream, _target_of(request, api), request.headers, body) as answer:
             if answer.status != 200:
                 return await self._pass_error(exchange, answer)
             said = await answer.body(exchange.config.limits.response_bytes)
@@ -126,16 +131,15 @@ class Forwarding:
     @asynccontextmanager
     async def _sent(
         self,
-        exchange: Exchange,
-        request: web.BaseRequest,
         upstream: Upstream,
         target: str,
+        headers: Mapping[str, str],
         body: bytes | Upload | None,
         method: str = "POST",
     ) -> AsyncIterator[UpstreamAnswer]:
         self._metrics.upstream_started(upstream.name)
         try:
-            async with self._client.send(upstream, method, target, request.headers, body) as answer:
+            async with self._client.send(upstream, method, target, headers, body) as answer:
                 yield answer
         finally:
             self._metrics.upstream_ended(upstream.name)
@@ -161,6 +165,23 @@ class Forwarding:
         await self._settling.charge(exchange, quote.model, quote.bound, read.metered(quote.ask, quote.bound))
         headers = credit_headers(exchange)
         return web.Response(body=body, headers={**headers, "Content-Type": answer.content_type_header})
+
+
+def _headers_of(request: web.BaseRequest, model: Model) -> Mapping[str, str]:
+    """The client's headers, without a beta that lets in more than is held for: Anthropic's wider context window."""
+    betas = [beta.strip() for line in request.headers.getall(_BETAS, ()) for beta in line.split(",")]
+    kept = [beta for beta in betas if _window_of(beta) <= model.context_window]
+    if kept == betas:
+        return request.headers
+    headers = CIMultiDict(request.headers)
+    headers[_BETAS] = ",".join(kept)
+    return headers
+
+
+def _window_of(beta: str) -> int:
+    """The context window that a beta opens, in tokens; 0 for any other beta."""
+    wide = _WIDE_CONTEXT.match(beta)
+    return int(wide[1]) * 1_000_000 if wide else 0
 
 
 def _target_of(request: web.BaseRequest, api: Api | FreeApi) -> str:

@@ -65,7 +65,7 @@ async def read_form(request: web.BaseRequest, most_bytes: int) -> Form | Failure
         raise
 
 
-def _failure_of(error: BaseException) -> Failure | None:  # noqa: PLR0911 – one for each kind of error
+def _failure_of(error: BaseException) -> Failure | None:
     """What to tell the client of what kept its form from being read; None for what is not about the form."""
     match error:
         case _Refused():

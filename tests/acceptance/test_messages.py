@@ -352,7 +352,10 @@ async def test_the_upstream_is_told_what_the_client_said_but_not_its_key(bench: 
     account = bench.account()
     async with account.sdk() as client:
         message = await client.beta.messages.create(
-            **asking(), betas=["interleaved-thinking-2025-05-14"], extra_query={"beta": "true"}
+            **asking(),
+            # A context window that is wider than what is held for is not opened.
+            betas=["interleaved-thinking-2025-05-14", "context-1m-2025-08-07"],
+            extra_query={"beta": "true"},
         )
         version = client.default_headers["anthropic-version"]
     assert message.stop_reason == "end_turn"
