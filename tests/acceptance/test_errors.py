@@ -21,7 +21,7 @@ import pytest_asyncio
 
 from tests.acceptance.conftest import NOON, Answer, at, funds_of, hold_of, new_account
 from tests.gateway_process import Gateway, cost_of, gateway_config, running_gateway
-from tests.servers import MovableClock, free_port, valkey_server
+from tests.servers import MovableClock, valkey_server
 from tests.upstreams.faulty import BEHAVIOURS, COMPLETION_TOKENS, PROMPT_TOKENS, FaultyUpstream
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -31,6 +31,7 @@ MAX_TOKENS = 100
 #: What the plan "daily" grants a day: more than the least that a request must hold, less than it asks for.
 DAILY = Decimal("0.00005")
 #: Models that are not behaviours: of an upstream that waits only briefly, and of one that is not there.
+#: Nobody listens where the upstream "refused" should be: on port 1, which no other process gets meanwhile.
 HASTY, REFUSED = "hasty", "refused"
 MIDNIGHT = datetime(2026, 11, 24, tzinfo=UTC)
 
@@ -103,7 +104,7 @@ def _config(base_url: str) -> dict[str, Any]:
     config["upstreams"] = {
         "test": {"base_url": base_url},
         HASTY: {"base_url": base_url, "idle_timeout": "300ms"},
-        REFUSED: {"base_url": f"http://127.0.0.1:{free_port()}/v1"},
+        REFUSED: {"base_url": "http://127.0.0.1:1/v1"},
     }
     for name in (HASTY, REFUSED):
         config["models"]["models"][name]["upstream"] = name
@@ -182,7 +183,7 @@ REFUSED_CALLS = [
     Call("unknown model", UNKNOWN_MODEL, body_of("gpt-nobody")),
     Call("unknown model, streamed", UNKNOWN_MODEL, body_of("gpt-nobody", stream=True)),
     Call("unknown model, looked up", UNKNOWN_MODEL, None, "/v1/models/gpt-nobody", "GET"),
-    Call("unpriced endpoint", UNKNOWN_PATH, path="/v1/images/generations"),
+    Call("unpriced endpoint", UNKNOWN_PATH, path="/v1/batches"),
     Call("files", UNKNOWN_PATH, path="/v1/files"),
     Call("no prefix", UNKNOWN_PATH, path="/chat/completions"),
     Call("path within", UNKNOWN_PATH, path="/v1/chat/completions/chat"),

@@ -21,7 +21,6 @@ import pytest_asyncio
 
 from tests.acceptance.conftest import TEMPLATE_TOKENS, Answer, ask, funds_of, hold_of, input_bound
 from tests.gateway_process import Gateway, cost_of, gateway_config, running_gateway
-from tests.servers import free_port
 from tests.upstreams.faulty import (
     BEHAVIOURS,
     COMPLETION_TOKENS,
@@ -42,6 +41,7 @@ RESPONSE_BYTES = 2**20
 #: What a request for the upstream's usual answer costs.
 USUAL = cost_of(PROMPT_TOKENS, COMPLETION_TOKENS)
 #: Models that are not behaviours: of upstreams that may not be silent or answer for long, and of one that is not there.
+#: Nobody listens where the upstream "refused" should be: on port 1, which no other process gets meanwhile.
 HASTY, BRIEF, REFUSED = "hasty", "brief", "refused"
 #: Bytes of text for a token where the upstream reports no usage.
 BYTES_PER_TOKEN = 4
@@ -229,7 +229,7 @@ def _config(base_url: str) -> dict[str, Any]:
         "test": {"base_url": base_url, "api_key": UPSTREAM_KEY},
         HASTY: {"base_url": base_url, "api_key": UPSTREAM_KEY, "idle_timeout": "300ms"},
         BRIEF: {"base_url": base_url, "api_key": UPSTREAM_KEY, "total_timeout": "500ms"},
-        REFUSED: {"base_url": f"http://127.0.0.1:{free_port()}/v1", "api_key": UPSTREAM_KEY},
+        REFUSED: {"base_url": "http://127.0.0.1:1/v1", "api_key": UPSTREAM_KEY},
     }
     for name in (HASTY, BRIEF, REFUSED):
         config["models"]["models"][name]["upstream"] = name

@@ -10,7 +10,7 @@ from tests.acceptance.conftest import NOON
 from tests.faults.bench import MODEL, Books, Client, Place, a_client, books_of, place
 from tests.faults.upstream import CountingUpstream
 from tests.gateway_process import Gateway, gateway_config, running_gateway
-from tests.servers import MovableClock, free_port, valkey_server
+from tests.servers import MovableClock, valkey_server
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def shared() -> Iterator[Place]:
 @pytest.fixture(scope="module")
 def survivor(shared: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """A gateway on the module's store that nobody asks; like every other it ends reservations whose lease is over."""
-    config = gateway_config(f"http://127.0.0.1:{free_port()}/v1", [MODEL], plans={"prepaid": {"default": True}})
+    config = gateway_config("http://127.0.0.1:1/v1", [MODEL], plans={"prepaid": {"default": True}})
     config |= {"store": {"url": shared.url}, "archive": {"url": shared.archive}}
     with running_gateway(config, data_dir=tmp_path_factory.mktemp("survivor"), clock=shared.clock) as gateway:
         yield gateway
