@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     verbs = _group(parser)
     _add_gateway_verbs(verbs)
+    _add_prices(_group(verbs.add_parser("prices", help="models.yaml against a price list: diff, import")))
 
     _add_accounts(_group(verbs.add_parser("accounts", help="who pays: create, show, list, set-plan")))
     _add_keys(_group(verbs.add_parser("keys", help="what clients send: create, list, revoke")))
@@ -140,6 +141,23 @@ def _add_gateway_verbs(verbs: Any) -> None:
     _add_data_dir(doctor)
     _add_json(doctor)
     _add_admin_listen(_verb(verbs, "healthcheck", "exit 0 when the running gateway is ready"))
+
+
+def _add_prices(group: Any) -> None:
+    purposes = {"diff": "show what would change, and write nothing", "import": "show what changes, ask, and write it"}
+    for kind, purpose in purposes.items():
+        verb = _verb(group, f"prices {kind}", purpose)
+        source = verb.add_mutually_exclusive_group(required=True)
+        source.add_argument("--from-upstream", metavar="NAME", help="the list of an upstream of the configuration")
+        source.add_argument("--from-file", type=Path, metavar="PATH", help="a price file in LiteLLM's form")
+        verb.add_argument("--upstream", metavar="NAME", help="whose models the file's are (default: of any; no --add)")
+        verb.add_argument(
+            "--only", nargs="+", action="extend", default=[], metavar="PATTERN", help="models such as 'openai/*'"
+        )
+        verb.add_argument("--add", action="store_true", help="also take over models that models.yaml lacks")
+        _add_json(verb)
+        if kind == "import":
+            verb.add_argument("--yes", action="store_true", help="write without asking")
 
 
 def _group(parser: argparse.ArgumentParser) -> Any:

@@ -156,6 +156,17 @@ def _healthcheck(args: Namespace) -> int:
     return 0
 
 
+def _prices(args: Namespace) -> int:
+    from gateway.pricebook.book import BookError  # noqa: PLC0415
+    from gateway.pricebook.sources import SourceError  # noqa: PLC0415
+    from gateway.pricebook.verbs import PRICE_VERBS, PricesError  # noqa: PLC0415
+
+    try:
+        return 0 if PRICE_VERBS[args.verb](args) else 1
+    except (BookError, SourceError, PricesError) as error:
+        raise CommandError(str(error)) from error
+
+
 #: By the words that are typed; what is not here works on a store.
 GATEWAY_VERBS: Mapping[str, Callable[[Namespace], int]] = {
     "serve": _serve,
@@ -163,6 +174,8 @@ GATEWAY_VERBS: Mapping[str, Callable[[Namespace], int]] = {
     "schema": _schema,
     "doctor": _doctor,
     "healthcheck": _healthcheck,
+    "prices diff": _prices,
+    "prices import": _prices,
 }
 
 

@@ -93,16 +93,20 @@ def _printable(text: str) -> str:
 
 
 def read_document(
-    path: Path, environ: Mapping[str, str], problems: list[Problem], files: MutableMapping[Path, str]
+    path: Path,
+    environ: Mapping[str, str],
+    problems: list[Problem],
+    files: MutableMapping[Path, str],
+    content: bytes | None = None,
 ) -> Document | None:
     """Read and parse a file, and note its digest in files. None when it cannot be parsed at all; the reason is then in
-    problems."""
+    problems. content: what is looked at instead of what is in the file."""
     document = Document(str(path), problems)
     files[path] = UNREADABLE
     try:
-        content = _content(path)
+        content = _content(path) if content is None else content
         files[path] = digest(content)
-        root = _compose(_decode(content))
+        root = _compose(_decode(_of_size(content)))
         document.tree = _Converter(document, environ).mapping(root, ())
     except _Unusable as error:
         problems.append(Problem(document.file, error.line, error.column, str(error)))
@@ -126,9 +130,12 @@ class _Unusable(Exception):
 def _content(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
+            return file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise _Unusable(1, 1, f"cannot be read: {error.strerror}") from None
+
+
+def _of_size(content: bytes) -> bytes:
     if len(content) > MAX_FILE_BYTES:
         raise _Unusable(1, 1, "is larger than 1 MiB: split it or check that it is the right file")
     return content

@@ -48,12 +48,17 @@ def shipped_dir() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "config"
 
 
-def load(path: Path | None = None, environ: Mapping[str, str] | None = None) -> GatewayConfig:
+def load(
+    path: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    contents: Mapping[Path, bytes] = MappingProxyType({}),
+) -> GatewayConfig:
     """Read gateway.yaml at path (default: the one that ships) and the files it names.
 
-    environ: what ``${NAME}`` stands for (default: the process's environment). Raises ConfigError with every mistake.
+    environ: what ``${NAME}`` stands for (default: the process's environment). contents: what to take for the content of
+    a file, whatever is in it. Raises ConfigError with every mistake.
     """
-    reading = _Reading(os.environ if environ is None else environ)
+    reading = _Reading(os.environ if environ is None else environ, contents=contents)
     parts = _read(path, reading)
     if reading.problems or parts is None:
         raise ConfigError(reading.problems, reading.files)
@@ -109,9 +114,10 @@ class _Reading:
     environ: Mapping[str, str]
     problems: list[Problem] = field(default_factory=list)
     files: dict[Path, str] = field(default_factory=dict)
+    contents: Mapping[Path, bytes] = field(default_factory=dict)
 
     def document(self, path: Path) -> Document | None:
-        return read_document(path, self.environ, self.problems, self.files)
+        return read_document(path, self.environ, self.problems, self.files, self.contents.get(path))
 
 
 @dataclass(frozen=True, slots=True)

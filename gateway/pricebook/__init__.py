@@ -1,0 +1,1 @@
+"""The price book: prices that a source lists, compared with models.yaml and written into it."""
