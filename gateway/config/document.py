@@ -104,9 +104,9 @@ def read_document(
     document = Document(str(path), problems)
     files[path] = UNREADABLE
     try:
-        content = _content(path) if content is None else content
+        content = _of_size(_content(path) if content is None else content)
         files[path] = digest(content)
-        root = _compose(_decode(_of_size(content)))
+        root = _compose(_decode(content))
         document.tree = _Converter(document, environ).mapping(root, ())
     except _Unusable as error:
         problems.append(Problem(document.file, error.line, error.column, str(error)))

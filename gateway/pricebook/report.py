@@ -6,6 +6,7 @@ from gateway.pricebook.difference import Change, Difference, ModelDifference
 from gateway.pricebook.offer import name_of
 
 _UNITS = {"usd_per_million_tokens": "USD per million tokens", "usd_per_token": "USD per token"}
+_LONGEST_LINE = 2000
 
 
 def document(difference: Difference, *, written: bool) -> dict[str, Any]:
@@ -53,7 +54,13 @@ def text(difference: Difference) -> str:
         f"in the source only: {difference.others} (--add takes them over)" if difference.others else "",
         "" if difference.changed else "nothing to change",
     ]
-    return "\n".join([*lines, "", *(end for end in ends if end)]).rstrip("\n")
+    return "\n".join(map(_printable, [*lines, "", *(end for end in ends if end)])).rstrip("\n")
+
+
+def _printable(line: str) -> str:
+    """A line fit for a terminal, whatever the source calls its models and fields."""
+    short = line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 1]}…"
+    return "".join(character if character.isprintable() else "?" for character in short)
 
 
 def _changes(changes: tuple[Change, ...]) -> list[str]:

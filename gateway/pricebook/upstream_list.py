@@ -107,6 +107,8 @@ def _openrouter(entry: Entry) -> Offer | None:
     notes = []
     for field, price in pricing.items():
         known = _OPENROUTER.get(field)
+        if price is None:
+            continue
         if known is None:
             if _is_something(price):
                 notes.append(f"pricing.{field} {_shown(price)}")

@@ -16,6 +16,7 @@ from gateway.pricebook.book import BookError, open_book, replace
 from gateway.pricebook.difference import Difference, difference
 from gateway.pricebook.editing import edited
 from gateway.pricebook.offer import Offer, Place, Refused
+from gateway.pricebook.report import text
 from gateway.pricebook.sources import Source
 
 GATEWAY = """\
@@ -407,6 +408,12 @@ def test_a_refused_model_does_not_keep_the_others_from_being_changed(tmp_path: P
         "no name": "is not a model name: write 1 to 200 printable characters without spaces and |",
         "half": "cannot be added: the source does not say output_token_price and context_window and max_output_tokens",
     }
+
+
+def test_what_a_source_calls_its_models_does_not_reach_the_terminal_as_it_is(tmp_path: Path) -> None:
+    offers: dict[str, Offer | Refused] = {"a\x1b[2Jb\n": offer({("request_price",): "0.1"})}
+    shown = text(compare(write(tmp_path), offers, add=True))
+    assert "REFUSED, left as it is: a?[2Jb?: is not a model name" in shown
 
 
 def test_tiers_from_the_environment_do_not_give_way_to_others(tmp_path: Path) -> None:

@@ -120,6 +120,7 @@ def test_openrouters_prices_of_zero_are_no_prices_of_their_own() -> None:
             "input_cache_read": "0.0000003",
             "input_cache_write": "0.00000375",
             "audio": "0",
+            "audio_output": None,
             "discount": 0,
         },
         top_provider={"context_length": 200000, "max_completion_tokens": 64000, "is_moderated": True},
