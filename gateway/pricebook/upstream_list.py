@@ -71,7 +71,8 @@ def _per_token(entry: Entry) -> Offer | None:
             figures[field,] = _as_number(entry[field], field)
     for kind, price in _mapping(entry.get("image_prices")).items():
         figures["image_prices", kind] = _as_number(price, f"image_prices {kind}")
-    for tier in entry.get("tiers") or ():
+    tiers = entry.get("tiers")
+    for tier in tiers if isinstance(tiers, list) else ():
         figures |= _tier(_mapping(tier))
     if not figures:
         return None

@@ -41,8 +41,8 @@ def import_(args: Namespace) -> bool:
         _write(found)
     if args.json:
         _show(found, args, written=written)
-    elif written:
-        print(f"written: {found.book.file}")
+    elif found.changed:
+        print(f"written: {found.book.file}" if written else "nothing was written")
     return not found.refused and (written or not found.changed)
 
 
@@ -78,7 +78,10 @@ def _agreed(args: Namespace) -> bool:
         return True
     if not sys.stdin.isatty():
         raise PricesError("nothing was written: standard input is no terminal to ask; add --yes")
-    return input("write? [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        return input("write? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 def _write(found: Difference) -> None:

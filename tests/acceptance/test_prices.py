@@ -179,13 +179,13 @@ async def test_without_a_terminal_or_a_yes_nothing_is_written(tmp_path: Path) ->
     assert ended.stderr == ("quota-gateway: nothing was written: standard input is no terminal to ask; add --yes\n")
 
 
-@pytest.mark.parametrize(("answer", "code"), [("y", 0), ("", 1), ("n", 1)])
+@pytest.mark.parametrize(("answer", "code"), [("y\n", 0), ("\n", 1), ("n\n", 1), ("\x04", 1)])
 def test_on_a_terminal_it_asks(tmp_path: Path, answer: str, code: int) -> None:
     config = configure(tmp_path)
     terminal, its_input = pty.openpty()
     command = ["prices", "import", "--from-file", str(PRICE_FILE), "--config", str(config)]
     try:
-        os.write(terminal, f"{answer}\n".encode())
+        os.write(terminal, answer.encode())
         ended = subprocess.run(
             [sys.executable, "-m", "gateway", *command],
             cwd=ROOT,
@@ -200,7 +200,8 @@ def test_on_a_terminal_it_asks(tmp_path: Path, answer: str, code: int) -> None:
         os.close(its_input)
     assert (ended.returncode, ended.stderr) == (code, "")
     assert ended.stdout.index("input_token_price       5 -> 2.5") < ended.stdout.index("write? [y/N]")
-    assert (models(config) != MODELS) == (code == 0)
+    assert (models(config) != MODELS) == (code == 0) == ("written: " in ended.stdout)
+    assert ended.stdout.endswith("nothing was written\n") == (code == 1)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gateway.pricebook import sources
 from gateway.pricebook.offer import Offer, Place, Refused, check, completed, in_file, sold_by, without_empty_prices
+from gateway.pricebook.price_file import read_price_file
 from gateway.pricebook.sources import Source, SourceError, from_file
 from gateway.pricebook.upstream_list import UnknownShape, read_list
 
@@ -366,6 +369,44 @@ def test_a_file_that_is_no_price_file_is_refused(tmp_path: Path, content: bytes,
     file.write_bytes(content)
     with pytest.raises(SourceError, match=f"price file {re.escape(str(file))}: .*{problem}"):
         from_file(file, None)
+
+
+FIELDS = st.sampled_from(
+    "id input_token_price output_token_price cache_read_token_price request_price image_prices tiers metadata pricing "
+    "prompt completion context_window max_tokens context_length top_provider max_completion_tokens above_input_tokens "
+    "input_cost_per_token output_cost_per_token input_cost_per_token_above_200k_tokens tiered_pricing range mode "
+    "input_cost_per_second input_cost_per_image max_input_tokens 1024x1024".split()
+)
+VALUES: st.SearchStrategy[Any] = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.sampled_from(["0.5", "-1", "3e-07", "chat", "embedding", "image_generation", "audio_transcription"])
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(FIELDS | st.text(max_size=3), inner, max_size=6),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=150)
+@given(st.dictionaries(FIELDS, VALUES, max_size=8), st.sampled_from(["m", "hd/1024-x-1024/m", "1-x-1/max-steps/m"]))
+def test_whatever_a_source_says_is_an_offer_a_refusal_or_of_an_unknown_shape(fields: dict[str, Any], name: str) -> None:
+    for read, document in ((read_list, {"data": [{**fields, "id": "m"}]}), (read_price_file, {name: fields})):
+        try:
+            offers = read(exact(document))
+        except (UnknownShape, ValueError):  # the latter of numbers with too many digits
+            continue
+        for offer in offers.values():
+            if isinstance(offer, Refused):
+                continue
+            try:
+                whole = completed(sold_by(without_empty_prices(offer), None))
+                check(whole.figures)
+            except Refused:
+                continue
+            for place, figure in whole.figures.items():
+                assert re.fullmatch(r"[0-9]+(\.[0-9]+)?", in_file(place, figure, "usd_per_million_tokens"))
 
 
 def test_a_file_is_read_to_a_limit_and_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
