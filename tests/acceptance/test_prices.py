@@ -18,7 +18,7 @@ from tests.gateway_process import run_cli
 from tests.upstreams.local import LocalUpstream
 
 ROOT = Path(__file__).parents[2]
-PRICE_FILE = ROOT / "tests/data/price_file.json"
+PRICE_FILE = ROOT / "tests/price_file.json"
 KEY = "sk-the-operators-own"
 MODELS = """\
 price_unit: usd_per_million_tokens

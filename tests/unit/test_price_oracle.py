@@ -1,5 +1,5 @@
 """Usage × price against another opinion: published prices, read as a configuration, and costs worked out by hand or
-with fractions alone (tests/data/price_oracle), equal to the nano-credit."""
+with fractions alone (tests/price_oracle), equal to the nano-credit."""
 
 import csv
 import math
@@ -15,7 +15,7 @@ from gateway.config.load import load
 from gateway.domain.metered import Images, Metered
 from gateway.domain.model import Model
 from gateway.domain.price import FEMTO_PER_NANO, Cost
-from tests.data.price_oracle import generate
+from tests.price_oracle import generate
 
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?(e[0-9]+)?")
 

@@ -17,7 +17,7 @@ from gateway.pricebook.price_file import read_price_file
 from gateway.pricebook.sources import Source, SourceError, from_file
 from gateway.pricebook.upstream_list import UnknownShape, read_list
 
-PRICE_FILE = Path(__file__).parents[1] / "data/price_file.json"
+PRICE_FILE = Path(__file__).parents[1] / "price_file.json"
 
 
 def exact(document: object) -> object:
