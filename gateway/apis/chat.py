@@ -9,7 +9,8 @@ from gateway.apis.fields import EVERYWHERE, items, mapping, only, whole
 from gateway.apis.text import MAX_COMPLETIONS, SAMPLING, SET_FIELDS, as_template_writes, limited, read_stream
 from gateway.config.model import CountOutput, Upstream
 from gateway.domain.request import Ask, Bound, InvalidRequest
-from gateway.upstream.usage import Answer, read_choices
+from gateway.upstream.usage.billing import Answer
+from gateway.upstream.usage.choices import read_choices
 
 # Any other key of a message or of a text part may be another kind of content to some upstream: then the text's
 # bytes bound nothing, and the whole context window is held.

@@ -1,7 +1,8 @@
 """Streams of the completions endpoints: chunks with choices, then usage, then ``[DONE]``.
 
-Nothing is parsed but the first event and the few that hold a usage, an error or a finish. The latest report of usage
-waits for the event behind it, because only the one before ``[DONE]`` gets the cost written in.
+Nothing is parsed but the first event and the few that hold a usage, an error, a finish, or no text that is known here.
+The latest report of usage waits for the event behind it, because only the one before ``[DONE]`` gets the cost written
+in.
 """
 
 import re
@@ -12,8 +13,20 @@ from typing import Any
 from gateway.config.model import CountOutput
 from gateway.domain.metered import Metered
 from gateway.domain.request import Ask, Bound
-from gateway.upstream.sse import MAX_EVENT_BYTES, BrokenStream, EventStream, event_of, json_of, split_events
-from gateway.upstream.usage import Usage, billed, billed_without_usage, read_usage
+from gateway.upstream.sse import (
+    MAX_EVENT_BYTES,
+    BrokenStream,
+    EventStream,
+    event_of,
+    events_in,
+    json_of,
+    on_one_line,
+    split_events,
+    unread,
+)
+from gateway.upstream.usage.billing import billed, billed_without_usage
+from gateway.upstream.usage.choices import read_usage
+from gateway.upstream.usage.figures import Usage
 
 # In JSON text a quoted word cannot stand inside a string unescaped, so these match fields and never content.
 _USAGE = re.compile(rb'"usage"\s*:\s*\{')
@@ -25,6 +38,11 @@ _CHAT_OUTPUT = re.compile(rb'"(?:content|reasoning|refusal|arguments|name|input)
 _CHAT_OUTPUT_OLD = re.compile(rb'"(?:content|reasoning_content|refusal|arguments|name|input)"' + _STRING)
 _REASONING = re.compile(rb'"reasoning"\s*:\s*"[^"]')
 _OTHER_OUTPUT = re.compile(rb'"(?:content|thinking|arguments|input|reasoning_details)"\s*:\s*([\[{]\s*["{\[0-9])')
+# What tells of tokens that have no text: which stop matched (vLLM, SGLang), and logprobs. Of an event it is one token.
+_SIGN = re.compile(
+    rb'"(?:stop_reason|matched_stop)"\s*:\s*("[^"]|-?[0-9])'
+    rb'|"(?:tokens|token_ids|token_logprobs|top_logprobs|refusal)"\s*:\s*([\[{]\s*[^\]}\s])'
+)
 _DONE = re.compile(rb"^data:\s*\[DONE\]", re.MULTILINE)
 
 _FRAME_FIELDS = ("id", "object", "created", "model", "system_fingerprint")
@@ -78,8 +96,8 @@ class ChoicesStream(EventStream):
     def metered(self, *, complete: bool) -> Metered:
         """By the upstream's report as far as it is believed, else by what was counted."""
         usage = self.usage
-        if not self.has_output and not (usage and usage.unseen):
-            return Metered(0, 0)
+        if not self.payable:
+            return Metered()
         if usage is None:
             return billed_without_usage(self._ask, self._bound, self._count.billable)
         least = 0
@@ -93,6 +111,21 @@ class ChoicesStream(EventStream):
     @abstractmethod
     def _empty(self) -> dict[str, Any]:
         """A choice that says nothing."""
+
+    @abstractmethod
+    def _texts_in(self, line: bytes) -> list[bytes]:
+        """The texts of an event whose data is on one line."""
+
+    def _outputs(self, block: bytes) -> list[bytes]:
+        return [text for event in events_in(block) for text in self._outputs_of(event)]
+
+    def _outputs_of(self, event: bytes) -> list[bytes]:
+        line = on_one_line(event)
+        # What is said in no text that is known here is output all the same.
+        if texts := [text for text in self._texts_in(line) if text] or _OTHER_OUTPUT.findall(line):
+            return texts
+        sign = _SIGN.search(line)
+        return [sign[1] or sign[2]] if sign else unread(event)
 
     def _meet(self, block: bytes) -> None:
         if self._frame is None:
@@ -113,7 +146,7 @@ class ChoicesStream(EventStream):
     def _tokens_with(self, event: bytes, texts: list[bytes]) -> int:
         """The tokens that would be counted with event, by its own report where it has one."""
         tokens = self._count.tokens_with(texts)
-        if self._running_usage and _USAGE.search(event) and isinstance(document := json_of(event), dict):
+        if self._running_usage and _USAGE.search(on_one_line(event)) and isinstance(document := json_of(event), dict):
             usage = read_usage(document.get("usage"))
             return tokens if usage is None else min(usage.output_tokens, self._most_output)
         return tokens
@@ -133,10 +166,11 @@ class ChoicesStream(EventStream):
                 raise BrokenStream("comments without end")
             return b""
         released = self._release_held()
-        if _USAGE.search(event) or b'"error"' in event or _FINISHED.search(event):
+        line = on_one_line(event)
+        if _USAGE.search(line) or b'"error"' in line or _FINISHED.search(line):
             document = json_of(event)
             if isinstance(document, dict):
-                if self._read(document, event):
+                if self._read(document, event, finished=_FINISHED.search(line) is not None):
                     return released
                 event = self._without_running_usage(document, event)
         return released + event
@@ -158,7 +192,7 @@ class ChoicesStream(EventStream):
         shown = {name: value for name, value in document.items() if name != "usage"}
         return event_of({**shown, "usage": None} if self._ask.wants_usage else shown, otherwise=event)
 
-    def _read(self, document: dict[str, Any], event: bytes) -> bool:
+    def _read(self, document: dict[str, Any], event: bytes, *, finished: bool) -> bool:
         """Take an event that may hold usage or an error; whether it is not handed out, or not yet."""
         if document.get("error") or document.get("object") == "error":
             self.failed = True
@@ -168,7 +202,7 @@ class ChoicesStream(EventStream):
         usage = read_usage(document.get("usage"))
         usage_only = document.get("choices") == []
         if usage is not None:
-            self._usage_is_final = usage_only or _FINISHED.search(event) is not None
+            self._usage_is_final = usage_only or finished
             self.usage = self._sum(usage) if usage_only and self._bound.answers > 1 else usage
             if self._running_usage:
                 self._count.report(min(usage.output_tokens, self._most_output))
@@ -193,11 +227,9 @@ class ChatStream(ChoicesStream):
     def _empty(self) -> dict[str, Any]:
         return {"delta": {}}
 
-    def _outputs(self, block: bytes) -> list[bytes]:
-        old = b'"reasoning_content"' in block and not _REASONING.search(block)
-        texts = [text for text in (_CHAT_OUTPUT_OLD if old else _CHAT_OUTPUT).findall(block) if text]
-        # What is said in no text that is known here is output all the same.
-        return texts or _OTHER_OUTPUT.findall(block)
+    def _texts_in(self, line: bytes) -> list[bytes]:
+        old = b'"reasoning_content"' in line and not _REASONING.search(line)
+        return (_CHAT_OUTPUT_OLD if old else _CHAT_OUTPUT).findall(line)
 
 
 class TextStream(ChoicesStream):
@@ -207,8 +239,8 @@ class TextStream(ChoicesStream):
     def _empty(self) -> dict[str, Any]:
         return {"text": ""}
 
-    def _outputs(self, block: bytes) -> list[bytes]:
-        return [text for text in _TEXT_OUTPUT.findall(block) if text] or _OTHER_OUTPUT.findall(block)
+    def _texts_in(self, line: bytes) -> list[bytes]:
+        return _TEXT_OUTPUT.findall(line)
 
 
 def _finished_in(document: dict[str, Any]) -> list[int]:
@@ -226,7 +258,8 @@ def _frame_of(block: bytes) -> dict[str, Any] | None:
     for event in split_events(block):
         document = json_of(event)
         if isinstance(document, dict) and isinstance(document.get("choices"), list):
-            return {name: document[name] for name in _FRAME_FIELDS if name in document}
+            frame = {name: document[name] for name in _FRAME_FIELDS if name in document}
+            return frame if event_of(frame) else None
     return None
 
 

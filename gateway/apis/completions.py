@@ -9,7 +9,8 @@ from gateway.apis.fields import EVERYWHERE, boolean, whole
 from gateway.apis.text import MAX_COMPLETIONS, SAMPLING, SET_FIELDS, count_prompts, limited, read_stream
 from gateway.config.model import CountOutput, Upstream
 from gateway.domain.request import Ask, Bound
-from gateway.upstream.usage import Answer, read_choices
+from gateway.upstream.usage.billing import Answer
+from gateway.upstream.usage.choices import read_choices
 
 
 class Completions(Api):

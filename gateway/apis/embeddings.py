@@ -6,7 +6,8 @@ from gateway.apis.api import Api
 from gateway.apis.fields import EVERYWHERE
 from gateway.apis.text import count_prompts
 from gateway.domain.request import Ask
-from gateway.upstream.usage import Answer, read_embeddings
+from gateway.upstream.usage.billing import Answer
+from gateway.upstream.usage.embeddings import read_embeddings
 
 
 class Embeddings(Api):

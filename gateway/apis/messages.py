@@ -14,7 +14,8 @@ from gateway.apis.messages_stream import MessageStream
 from gateway.apis.text import as_template_writes
 from gateway.config.model import CountOutput, Upstream
 from gateway.domain.request import Ask, Bound, InvalidRequest
-from gateway.upstream.usage import Answer, read_message
+from gateway.upstream.usage.billing import Answer
+from gateway.upstream.usage.messages import read_message
 
 #: The API takes no smaller budget of thinking.
 MIN_THINKING_TOKENS = 1024
@@ -32,7 +33,12 @@ _BLOCK_KEYS = {
     "thinking": frozenset("type thinking signature".split()),
     "redacted_thinking": frozenset("type data".split()),
 }
+_TEXTS = ("text", "thinking", "data")
 _MESSAGE_KEYS = frozenset({"role", "content"})
+# Blocks stand in blocks (a tool's results, documents), but not deeper than this. What a tool was called with, and the
+# schema for it, are the client's own and hold none.
+MAX_BLOCK_DEPTH = 32
+_NO_BLOCKS = ("input", "input_schema")
 
 
 class Messages(Api):
@@ -74,7 +80,7 @@ class Messages(Api):
         mapping(body, "tool_choice")
         _check_thinking(body)
         _check_output_config(body)
-        _check_cache(body, "")
+        _check_caches({name: body.get(name) for name in ("cache_control", "system", "messages", "tools")}, "")
         given = [*_system_of(body), *_contents_of(body)]
         kinds = {_is_text(blocks, param) for blocks, param in given}  # each must be looked at
         kinds |= {_is_custom(tool, f"tools[{index}]") for index, tool in enumerate(items(body, "tools"))}
@@ -88,6 +94,8 @@ class Messages(Api):
             max_tokens=max_tokens,
             stream=boolean(body, "stream"),
             wants_usage=True,
+            # What is shown of it is a summary; all of it is billed.
+            hides_output=mapping(body, "thinking").get("type") not in (None, "disabled"),
         )
 
 
@@ -117,23 +125,34 @@ def _check_output_config(body: dict[str, Any]) -> None:
         raise InvalidRequest(f"{param!r} is not supported here: its effect on the cost is not known", param)
 
 
-def _check_cache(holder: dict[str, Any], param: str) -> None:
-    if mapping(holder, "cache_control").get("ttl") not in (None, "5m"):
+def _check_caches(value: object, param: str, depth: int = 0) -> None:
+    """Let nothing be kept for longer, wherever it stands."""
+    if depth > 2 * MAX_BLOCK_DEPTH:
+        raise InvalidRequest(f"blocks are nested more than {MAX_BLOCK_DEPTH} levels deep", param)
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_caches(item, f"{param}[{index}]", depth + 1)
+    if not isinstance(value, dict):
+        return
+    if mapping(value, "cache_control").get("ttl") not in (None, "5m"):
         param = f"{param}.cache_control.ttl".lstrip(".")
         raise InvalidRequest(f"{param!r} can only be '5m' here: others have another price", param)
+    for name, item in value.items():
+        if name not in _NO_BLOCKS and isinstance(item, (list, dict)):
+            _check_caches(item, f"{param}.{name[:64]}".lstrip("."), depth + 1)
 
 
 def _system_of(body: dict[str, Any]) -> Iterable[tuple[list[Any], str]]:
     """The blocks of the system prompt, and where they are."""
     system = body.get("system")
     if isinstance(system, list):
-        yield system, "system"
+        yield from _blocks_in(system, "system")
     elif system is not None and not isinstance(system, str):
         raise InvalidRequest("'system' must be a string or an array of blocks", "system")
 
 
 def _contents_of(body: dict[str, Any]) -> Iterable[tuple[list[Any], str]]:
-    """The blocks of each message and of each tool's result in it, and where they are."""
+    """The blocks of each message and those in them, at every depth, and where they are."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest("'messages' must be a non-empty array", "messages")
@@ -143,16 +162,16 @@ def _contents_of(body: dict[str, Any]) -> Iterable[tuple[list[Any], str]]:
         param = f"messages[{number}].content"
         content = message.get("content")
         if isinstance(content, list):
-            yield content, param
-            yield from _results_in(content, param)
+            yield from _blocks_in(content, param)
         elif not isinstance(content, str):
             raise InvalidRequest("'content' must be a string or an array of blocks", param)
 
 
-def _results_in(blocks: list[Any], param: str) -> Iterable[tuple[list[Any], str]]:
+def _blocks_in(blocks: list[Any], param: str) -> Iterable[tuple[list[Any], str]]:
+    yield blocks, param
     for index, block in enumerate(blocks):
         if isinstance(block, dict) and isinstance(content := block.get("content"), list):
-            yield content, f"{param}[{index}].content"
+            yield from _blocks_in(content, f"{param}[{index}].content")
 
 
 def _is_text(blocks: list[Any], param: str) -> bool:
@@ -160,8 +179,12 @@ def _is_text(blocks: list[Any], param: str) -> bool:
     for index, block in enumerate(blocks):
         if not isinstance(block, dict):
             raise InvalidRequest("each block must be an object", f"{param}[{index}]")
-        _check_cache(block, f"{param}[{index}]")
-    return all(_filled(block) <= _BLOCK_KEYS.get(str(block.get("type")), frozenset()) for block in blocks)
+    return all(
+        _filled(block) <= _BLOCK_KEYS.get(str(block.get("type")), frozenset())
+        and isinstance(block.get("content") or "", (str, list))
+        and all(isinstance(block.get(name) or "", str) for name in _TEXTS)
+        for block in blocks
+    )
 
 
 def _is_custom(tool: object, param: str) -> bool:
@@ -169,7 +192,6 @@ def _is_custom(tool: object, param: str) -> bool:
     kind = tool.get("type") if isinstance(tool, dict) else ""
     if not isinstance(tool, dict) or not (kind is None or isinstance(kind, str)):
         raise InvalidRequest("each tool must be an object, its type a string", param)
-    _check_cache(tool, param)
     if kind in (None, "custom"):
         return True
     if kind.startswith(_CLIENT_TOOLS):

@@ -1,7 +1,7 @@
 """Streams of the Messages API: a message is begun, its blocks are opened, told in deltas and closed, then it ends.
 
-Deltas are passed on unread. ``message_delta``, which holds the final usage, waits for ``message_stop``: by then the
-cost is known and is written in.
+Deltas that say something are passed on unread. ``message_delta``, which holds the final usage, waits for
+``message_stop``: by then the cost is known and is written in.
 """
 
 import re
@@ -11,14 +11,20 @@ from typing import Any
 from gateway.config.model import CountOutput
 from gateway.domain.metered import Metered
 from gateway.domain.request import Ask, Bound
-from gateway.upstream.sse import MAX_EVENT_BYTES, BrokenStream, EventStream, event_of, json_of
-from gateway.upstream.usage import (
-    MESSAGE_USAGE_FIELDS,
-    billed,
-    billed_without_usage,
-    count,
-    read_message_usage,
+from gateway.upstream.sse import (
+    MAX_EVENT_BYTES,
+    BrokenStream,
+    EventStream,
+    event_of,
+    events_in,
+    is_named_error,
+    json_of,
+    on_one_line,
+    unread,
 )
+from gateway.upstream.usage.billing import billed, billed_without_usage
+from gateway.upstream.usage.figures import Usage, count
+from gateway.upstream.usage.messages import MESSAGE_USAGE_FIELDS, read_message_usage
 
 # In JSON text a quoted word cannot stand inside a string unescaped, so these match fields and never content.
 _STRING = rb'\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"'
@@ -34,7 +40,6 @@ _OUTPUT = re.compile(
 )
 # Words in all events that must be followed.
 _TURN = re.compile(rb"message_(?:start|delta|stop)|content_block_st|error")
-_NAME = re.compile(rb"(?:\A|[\r\n])event:[ ]?([^\r\n]*)")
 _BLANK_LINES = (b"\n\n", b"\n\r\n", b"\r\r")
 
 
@@ -70,7 +75,7 @@ class MessageStream(EventStream):
     def metered(self, *, complete: bool) -> Metered:
         """By the upstream's report as far as it is believed, else by what was counted."""
         usage = self.usage
-        if not self.has_output and not (usage and usage.unseen):
+        if not self.payable:
             return Metered()
         if usage is None:
             return billed_without_usage(self._ask, self._bound, self._count.billable)
@@ -90,7 +95,11 @@ class MessageStream(EventStream):
         return bool(self._held) or _TURN.search(block) is not None
 
     def _outputs(self, block: bytes) -> list[bytes]:
-        return [text for found in _OUTPUT.findall(block) for text in found if text]
+        return [text for event in events_in(block) for text in _outputs_of(event)]
+
+    def _owed_unseen(self, usage: Usage) -> bool:
+        # The output that is reported at the start is a guess.
+        return usage.unseen or (self._usage_is_final and super()._owed_unseen(usage))
 
     def _follow(self, event: bytes, texts: list[bytes]) -> bytes:
         """What to hand out when event has come, which may hold usage or be the last."""
@@ -121,8 +130,7 @@ class MessageStream(EventStream):
 
     def _read(self, said: dict[str, Any], event: bytes) -> None:
         """Take what is handed out at once and changes something."""
-        name = _NAME.search(event)
-        named_error = name is not None and name[1].strip() == b"error"
+        named_error = is_named_error(event)
         index = said.get("index")
         if named_error or said.get("type") == "error" or said.get("error"):
             self.failed = self.done = True
@@ -166,6 +174,11 @@ class MessageStream(EventStream):
         if not isinstance(usage, dict):
             usage = _usage_of(self.metered(complete=True))
         return _named_event({**document, "usage": {**usage, **cost}}, otherwise=self._held)
+
+
+def _outputs_of(event: bytes) -> list[bytes]:
+    texts = [text for found in _OUTPUT.findall(on_one_line(event)) for text in found if text]
+    return texts or unread(event)
 
 
 def _usage_of(tokens: Metered) -> dict[str, int]:

@@ -1,6 +1,5 @@
 """POST /rerank: a query and documents in, the documents' ranks out."""
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -9,27 +8,17 @@ from gateway.apis.api import Api
 from gateway.apis.fields import EVERYWHERE, items, text
 from gateway.domain.metered import Metered
 from gateway.domain.model import Model
-from gateway.domain.request import Ask, Bound, InvalidRequest
-from gateway.upstream.usage import Answer, Usage, count
+from gateway.domain.request import Ask, InvalidRequest
+from gateway.upstream.usage.billing import Answer
+from gateway.upstream.usage.ranks import UNIT_DOCUMENTS, read_ranks
 
 MAX_DOCUMENTS = 2048
-#: What a search unit covers where an upstream bills by them: so many documents, and of a longer one so many tokens.
-UNIT_DOCUMENTS, UNIT_TOKENS = 100, 500
+#: What a search unit covers of a long document, where an upstream bills by them: so many tokens.
+UNIT_TOKENS = 500
 
-
-@dataclass(frozen=True, slots=True)
-class Ranks(Answer):
-    """A whole answer. search_units: as the upstream bills it; None where it does not."""
-
-    search_units: int | None = None
-
-    def metered(self, ask: Ask, bound: Bound) -> Metered:
-        """What to charge: by its units no more than the bound has, and without any a unit per UNIT_DOCUMENTS."""
-        metered = Answer.metered(self, ask, bound)
-        if not metered.requests:
-            return metered
-        units = -(-ask.prompts // UNIT_DOCUMENTS) if self.search_units is None else self.search_units
-        return replace(metered, requests=max(1, min(units, bound.units.requests)))
+# The keys of a document that is text. Any other may stand for an image or a file, here or behind a link: then its bytes
+# bound nothing, and the whole context window is held for each document.
+_TEXT_KEYS = frozenset({"id", "title", "text"})
 
 
 class Rerank(Api):
@@ -50,23 +39,7 @@ class Rerank(Api):
 
     def read_answer(self, body: bytes) -> Answer | None:
         """An answer with results."""
-        try:
-            document = orjson.loads(body)
-        except orjson.JSONDecodeError:
-            return None
-        if not isinstance(document, dict) or document.get("error"):
-            return None
-        results = document.get("results") or document.get("data")
-        meta = document.get("meta")
-        billed = meta.get("billed_units") if isinstance(meta, dict) else None
-        billed = billed if isinstance(billed, dict) else {}
-        tokens = _tokens_of(document, billed)
-        return Ranks(
-            Usage(tokens, 0) if tokens is not None else None,
-            len(results) if isinstance(results, list) else 0,
-            0,
-            count(billed, "search_units"),
-        )
+        return read_ranks(body)
 
     def _read(self, body: dict[str, Any], model: str) -> Ask:
         query = text(body, "query")
@@ -81,7 +54,7 @@ class Rerank(Api):
         return Ask(
             self.operation,
             model,
-            0,
+            0 if all(map(_is_text, documents)) else None,
             prompts=len(documents),
             completions=0,
             template_bytes=query_bytes * (len(documents) - 1),
@@ -98,9 +71,9 @@ def _size_of(document: object, index: int) -> int:
     raise InvalidRequest("each document must be a string or an object", f"documents[{index}]")
 
 
-def _tokens_of(document: dict[str, Any], billed: dict[str, Any]) -> int | None:
-    usage = document.get("usage")
-    if isinstance(usage, dict):
-        tokens = count(usage, "prompt_tokens")
-        return count(usage, "total_tokens") if tokens is None else tokens
-    return count(billed, "input_tokens")
+def _is_text(document: str | dict[str, Any]) -> bool:
+    """Whether no token of a document is without a byte."""
+    if isinstance(document, str):
+        return True
+    filled = {name: value for name, value in document.items() if value is not None and value != []}
+    return filled.keys() <= _TEXT_KEYS and all(isinstance(value, (str, int)) for value in filled.values())

@@ -7,11 +7,14 @@ import orjson
 
 from gateway.apis.api import Api
 from gateway.apis.fields import EVERYWHERE, boolean, items, mapping, only, text, whole
-from gateway.apis.responses_stream import ResponseStream, texts_of
+from gateway.apis.responses_items import texts_of
+from gateway.apis.responses_stream import ResponseStream
 from gateway.apis.text import SAMPLING, as_template_writes
 from gateway.config.model import CountOutput, Upstream
 from gateway.domain.request import Ask, Bound, InvalidRequest
-from gateway.upstream.usage import Answer, read_response_usage
+from gateway.upstream.usage.billing import Answer
+from gateway.upstream.usage.responses import read_response_usage
+from gateway.upstream.usage.shown import answer_of
 
 #: Tools that the client runs. All others run at the upstream: they have a price of their own, or put text into the
 #: input of one more answer after another, of which no bound is known.
@@ -72,12 +75,7 @@ class Responses(Api):
             return None
         if response.get("status") not in (None, "completed", "incomplete"):
             return None
-        texts = list(texts_of(response.get("output")))
-        return Answer(
-            read_response_usage(response.get("usage")),
-            sum(len(said.encode(errors="replace")) for said in texts),
-            sum(len(said) for said in texts),
-        )
+        return answer_of(list(texts_of(response.get("output"))), read_response_usage(response.get("usage")))
 
     def _read(self, body: dict[str, Any], model: str) -> Ask:
         if boolean(body, "background"):

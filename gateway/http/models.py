@@ -52,7 +52,7 @@ class ModelsList:
         return orjson.dumps(self._entry(self._models[name]))
 
     def _entry(self, model: Model) -> dict[str, Any]:
-        said = self._said.get(model.upstream, {}).get(model.name, {})
+        said = self._said.get(model.upstream, {}).get(model.sent_as or model.name, {})
         known = {
             "id": model.name,
             "object": "model",

@@ -4,6 +4,7 @@ What a client may see is handed out at once, in whole events, but for output tha
 there is. What the events mean is each endpoint's own: a subclass reads them, and only those that it must.
 """
 
+import json
 import re
 import sys
 from abc import ABC, abstractmethod
@@ -15,9 +16,12 @@ from gateway.config.model import CountOutput
 from gateway.domain.metered import Metered
 from gateway.domain.request import Ask, Bound
 from gateway.upstream.count import OutputCount
-from gateway.upstream.usage import Usage
+from gateway.upstream.usage.figures import Usage
 
 _EVENT_END = re.compile(rb"\r?\n\r?\n|\r\r")
+_NAME = re.compile(rb"(?:\A|[\r\n])event:[ ]?([^\r\n]*)")
+# Data that says nothing.
+_IDLE = (b"", b"null", b"[DONE]")
 
 #: As many tokens as a stream may hand out that is covered whatever it says.
 UNLIMITED = sys.maxsize
@@ -66,14 +70,15 @@ class EventStream(ABC):
         return self._count.events > 0
 
     @property
+    def payable(self) -> bool:
+        """Whether anything is owed for the stream as far as it went: for output, or for what its usage says was made or
+        kept unseen."""
+        return self.has_output or (self.usage is not None and self._owed_unseen(self.usage))
+
+    @property
     def counted(self) -> int:
         """Output tokens that the client was handed so far, of all answers, by the rule."""
         return self._count.tokens
-
-    @property
-    def payable(self) -> bool:
-        """Whether there is anything to pay for: what the client was handed, or what it caused and does not see."""
-        return self.has_output or (self.usage is not None and self.usage.unseen)
 
     @property
     def complete(self) -> bool:
@@ -171,6 +176,10 @@ class EventStream(ABC):
         """The tokens that would be counted with event."""
         return self._count.tokens_with(texts)
 
+    def _owed_unseen(self, usage: Usage) -> bool:
+        """Whether a report tells of something to pay for, though nothing was shown."""
+        return usage.owed_unseen(self._bound.answers)
+
     @property
     def _most_output(self) -> int:
         return self._bound.metered(self._bound.output_tokens_each).output
@@ -191,8 +200,9 @@ class EventStream(ABC):
         if not block:
             return b""
         self._meet(block)
-        texts = self._outputs(block)
-        if self._needs_a_look(block) or self._count.tokens_with(texts) > covered:
+        look = self._needs_a_look(block)
+        texts = [] if look else self._outputs(block)
+        if look or self._count.tokens_with(texts) > covered:
             block = self._one_by_one(split_events(block), covered)
         else:
             self._count.add(texts)
@@ -238,10 +248,47 @@ def split_events(block: bytes) -> list[bytes]:
     return events
 
 
+def events_in(block: bytes) -> list[bytes]:
+    """The same, unless it is plain that there is only one."""
+    return split_events(block) if block.count(b"data:") > 1 else [block]
+
+
+def on_one_line(event: bytes) -> bytes:
+    """An event to search in, its data on one line: it may have come on several that each begin with ``data:``."""
+    return b"data: " + _data_of(event).replace(b"\n", b" ") if event.count(b"data:") > 1 else event
+
+
 def json_of(event: bytes) -> object:
-    """What an event's data lines hold; None where it is not JSON."""
-    lines = (line[5:] for line in event.splitlines() if line.startswith(b"data:"))
+    """What an event's data lines hold; None where it is not JSON. Clients take more for JSON than the standard does:
+    NaN and infinities, half characters, bytes that are no UTF-8. So does this."""
+    return _read(_data_of(event))
+
+
+def unread(event: bytes) -> list[bytes]:
+    """The data of an event that is no JSON object, unless it says nothing or is an error: it was handed out, so it is
+    output, whatever it means."""
+    data = _data_of(event).strip()
+    if data in _IDLE or isinstance(_read(data), dict) or is_named_error(event):
+        return []
+    return [data]
+
+
+def is_named_error(event: bytes) -> bool:
+    """Whether the event's name says that it is an error, which clients then take it for, whatever its data is."""
+    name = _NAME.search(event)
+    return name is not None and name[1].strip() == b"error"
+
+
+def _data_of(event: bytes) -> bytes:
+    return b"\n".join(line[5:] for line in event.splitlines() if line.startswith(b"data:"))
+
+
+def _read(data: bytes) -> object:
     try:
-        return orjson.loads(b"\n".join(lines))
+        return orjson.loads(data)
     except orjson.JSONDecodeError:
+        pass
+    try:
+        return json.loads(data.decode(errors="replace"))
+    except (ValueError, RecursionError):
         return None

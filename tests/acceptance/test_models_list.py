@@ -72,6 +72,18 @@ async def test_lists_what_is_sold_at_our_prices(session: aiohttp.ClientSession, 
     assert (unlisted["object"], unlisted["owned_by"]) == ("model", "test")
 
 
+async def test_a_renamed_model_is_looked_up_by_the_name_that_its_upstream_has_for_it(
+    session: aiohttp.ClientSession, upstream: HeldUpstream, tmp_path: Path, clock: MovableClock
+) -> None:
+    upstream.models = [*LISTED, {"id": "alias", "object": "model", "owned_by": "somebody else"}]
+    config = gateway_config(upstream.base_url, ["alias"])
+    config["models"]["models"]["alias"]["upstream_model"] = SOLD
+    with running_gateway(config, data_dir=tmp_path / "data", clock=clock) as gateway:
+        (listed,) = (await get(session, gateway, "/models", gateway.key)).document["data"]
+        assert (listed["id"], listed["owned_by"], listed["created"]) == ("alias", "io-intelligence", 1736000000)
+        assert (await get(session, gateway, "/models/alias", gateway.key)).document == listed
+
+
 async def test_the_sdk_lists_and_retrieves(gateway: Gateway) -> None:
     for base_url in (gateway.base_url, gateway.base_url.replace("/v1", "/api/v1")):
         async with AsyncOpenAI(base_url=base_url, api_key=gateway.key, max_retries=0) as client:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.apis.messages import Messages
+from gateway.apis.messages import MAX_BLOCK_DEPTH, Messages
 from gateway.apis.messages_stream import MessageStream
 from gateway.config.model import Upstream
 from gateway.domain.metered import Metered
@@ -264,8 +264,13 @@ def test_a_call_told_at_once_is_counted_whole() -> None:
 
 
 def test_nothing_is_charged_for_nothing() -> None:
-    _, events = fed(start() + ended(usage={"output_tokens": 3}) + STOP)
+    _, events = fed(start() + ended(usage={"output_tokens": 1}) + STOP)
     assert events.metered(complete=True) == Metered()
+
+
+def test_an_empty_message_of_more_than_its_end_is_charged_for() -> None:
+    _, events = fed(start() + ended(usage={"output_tokens": 2}) + STOP)
+    assert events.metered(complete=True) == used(5, 2)
 
 
 def test_a_prompt_that_was_kept_is_charged_for_even_without_an_answer() -> None:
@@ -427,8 +432,9 @@ def test_a_message_without_a_usage_is_estimated(reported: Any) -> None:
 
 
 def test_an_empty_message_costs_nothing_unless_its_stop_sequence_says_something() -> None:
-    assert metered(API.read_answer(message(usage=usage(5, 3)))) == Metered()
-    assert metered(API.read_answer(message(usage=usage(5, 3), stop_sequence="yes"))) == used(5, 3)
+    assert metered(API.read_answer(message(usage=usage(5, 1)))) == Metered()
+    assert metered(API.read_answer(message(usage=usage(5, 1), stop_sequence="yes"))) == used(5, 1)
+    assert metered(API.read_answer(message(usage=usage(5, 2)))) == used(5, 2)
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"5", b'{"type": "error", "error": {}}', b'{"choices": []}'])
@@ -486,6 +492,10 @@ def test_text_is_bounded_by_its_bytes(body: dict[str, Any]) -> None:
         body_of({"type": "document", "source": {"type": "file", "file_id": "file_1"}}),
         body_of({"type": "search_result", "content": [TEXT]}),
         body_of({**TEXT, "file_id": "file_1"}),
+        body_of({**TEXT, "text": [IMAGE]}),
+        body_of(result_of(TEXT, result_of(TEXT, result_of(IMAGE)))),
+        body_of({"type": "tool_result", "tool_use_id": "toolu_1", "content": IMAGE}),
+        body_of(system=[result_of(IMAGE)]),
         body_of({"type": ["text"]}),
         body_of(system=[IMAGE]),
         body_of(messages=[{"role": "user", "content": "Hello!", "container": "c_1"}]),
@@ -562,12 +572,53 @@ def test_what_a_template_may_write_of_schemas_and_calls_is_bounded() -> None:
             "messages[0].content[0].content[0].cache_control.ttl",
         ),
         (body_of(tools=[{**SCHEMA, "cache_control": {"ttl": "1h"}}]), "tools[0].cache_control.ttl"),
+        (
+            body_of(result_of({"type": "search_result", "content": [{**TEXT, "cache_control": {"ttl": "1h"}}]})),
+            "messages[0].content[0].content[0].content[0].cache_control.ttl",
+        ),
+        (
+            body_of({"type": "document", "source": {"type": "content", "content": [{"cache_control": {"ttl": "1h"}}]}}),
+            "messages[0].content[0].source.content[0].cache_control.ttl",
+        ),
+        (body_of(messages=[{"role": "user", "content": "x", "cache_control": 5}]), "cache_control"),
     ],
 )
 def test_what_cannot_be_priced_is_refused_by_name(body: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         API.read(body)
     assert refused.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("thinking", "hides"),
+    [
+        ({"type": "enabled", "budget_tokens": 1024}, True),
+        ({"type": "adaptive"}, True),
+        ({"type": "between_tools"}, True),
+        ({"type": "disabled"}, False),
+        (None, False),
+    ],
+)
+def test_thinking_is_shown_in_summary_only(thinking: Any, hides: bool) -> None:
+    assert API.read(body_of(thinking=thinking)).hides_output == hides
+
+
+def test_what_a_tool_was_called_with_may_look_like_anything() -> None:
+    odd = {"cache_control": {"ttl": "1h"}, "deep": json.loads("[" * 50 + "]" * 50)}
+    call = {"type": "tool_use", "id": "toolu_1", "name": "go", "input": odd}
+    tool = {**SCHEMA, "input_schema": {"properties": odd}}
+    assert API.read(body_of(call, tools=[tool])).input_bytes == 0
+
+
+def test_blocks_that_are_nested_without_end_are_refused() -> None:
+    nested: dict[str, Any] = TEXT
+    for _ in range(MAX_BLOCK_DEPTH - 4):
+        nested = result_of(nested)
+    assert API.read(body_of(nested)).input_bytes == 0
+    for _ in range(MAX_BLOCK_DEPTH):
+        nested = result_of(nested)
+    with pytest.raises(InvalidRequest, match="nested"):
+        API.read(body_of(nested))
 
 
 @pytest.mark.parametrize(

@@ -263,7 +263,8 @@ def test_an_answer_without_usage_costs_what_it_says(item: dict[str, Any], tokens
 def test_an_answer_that_says_nothing_costs_nothing_but_its_hidden_reasoning() -> None:
     silent = {"type": "reasoning", "id": "r", "summary": [], "encrypted_content": "gAAA"}
     assert answer(usage={"input_tokens": 9, "output_tokens": 0}) == Metered()
-    assert answer(silent, usage={"input_tokens": 9, "output_tokens": 5}) == Metered()
+    assert answer(silent, usage={"input_tokens": 9, "output_tokens": 1}) == Metered()
+    assert answer(silent, usage={"input_tokens": 9, "output_tokens": 2}) == used(9, 2)
     assert answer(silent, status="incomplete", usage=USAGE) == used(9, 5, cache_read=4, reasoning=2)
 
 
@@ -632,11 +633,42 @@ def test_an_upstream_that_does_not_stop_is_cut() -> None:
 
 
 def test_an_answer_that_no_event_could_hold_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.apis.responses_stream.MAX_EVENT_BYTES", 100)
+    monkeypatch.setattr("gateway.apis.responses_items.MAX_EVENT_BYTES", 2000)
     stream = stream_of()
+    for _ in range(14):
+        stream.feed(told(delta("a" * 100)))
     with pytest.raises(BrokenStream):
-        for _ in range(101):
-            stream.feed(told(delta("a")))
+        for _ in range(6):
+            stream.feed(told(delta("a" * 100)))
+
+
+def test_what_is_kept_of_an_answer_that_shows_nothing_is_limited_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.apis.responses_items.MAX_EVENT_BYTES", 20_000)
+    secret = {"type": "reasoning", "id": "rs", "summary": [], "encrypted_content": "x" * 4000}
+    stream = stream_of()
+    for index in range(4):
+        for event in (added(secret, index), done(secret, index)):  # one takes the place of the other
+            stream.feed(told(event))
+    with pytest.raises(BrokenStream):
+        stream.feed(told(added(secret, 4)))
+    frame = {"type": "response.created", "response": {**FRAME, "instructions": "x" * 20_000}}
+    with pytest.raises(BrokenStream):
+        stream_of().feed(told(frame))
+    empty = [delta("", content_index=index) for index in range(100)]
+    with pytest.raises(BrokenStream):
+        stream_of().feed(told(created(), *empty))
+    noted = part("output_text")
+    noted["part"]["annotations"] = ["x" * 4000]
+    with pytest.raises(BrokenStream):
+        stream_of().feed(told(created(), *[{**noted, "content_index": index} for index in range(6)]))
+
+
+def test_what_was_told_whole_is_kept_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.apis.responses_items.MAX_EVENT_BYTES", 20_000)
+    stream = stream_of()
+    for index in range(4):
+        stream.feed(told(added(said(""), index), delta("x" * 3000, at=index), done(said("x" * 3000), index)))
+    assert stream.counted == 3000
 
 
 def test_an_error_is_one_for_every_client() -> None:

@@ -615,6 +615,13 @@ def test_a_finish_that_was_held_back_is_not_lost() -> None:
     assert second["choices"][0]["index"] == 1
 
 
+def test_a_stream_whose_name_is_hard_to_write_can_be_cut_short() -> None:
+    events = stream_of()
+    events.feed(event({**words("a"), "id": "x"}).replace(b'"x"', b'"\\ud83d"'))
+    events.cut_short(QUOTA)
+    assert closing_of(events)[0]["choices"][0]["finish_reason"] == "length"
+
+
 def test_a_stream_of_nothing_can_be_cut_short() -> None:
     events = stream_of()
     events.feed(b'data: {"content": "no chunk"}\n\n', covered=0)

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from gateway.apis.registry import APIS
 from gateway.domain.metered import Metered
 from gateway.domain.request import Ask, Bound, Operation
-from gateway.upstream.usage import Answer, Usage, billed, billed_without_usage, exceeds, read_usage
+from gateway.upstream.usage import (
+    Answer,
+    Usage,
+    billed,
+    billed_without_usage,
+    exceeds,
+    read_embeddings_usage,
+    read_usage,
+)
 from tests.unit.figures import used
 
 BOUND = Bound(input_tokens=100, answers=2, output_tokens_each=10)
@@ -64,7 +72,9 @@ def within(tokens: Metered, bound: Bound) -> bool:
         0 <= tokens.input <= most.input
         and 0 <= tokens.output <= most.output
         and 0 <= tokens.cache_read <= tokens.input
-        and 0 <= tokens.cache_write <= tokens.input - tokens.cache_read
+        and min(tokens.figures().values(), default=0) >= 0
+        and tokens.plain_input >= 0
+        and tokens.plain_output >= 0
     )
 
 
@@ -76,23 +86,33 @@ def test_a_usual_usage_is_billed_as_it_is() -> None:
         "prompt_tokens": 90,
         "completion_tokens": 20,
         "total_tokens": 110,
-        "prompt_tokens_details": {"cached_tokens": 80, "cache_write_tokens": 3, "audio_tokens": 4},
-        "completion_tokens_details": {"reasoning_tokens": 15, "audio_tokens": 2},
+        "prompt_tokens_details": {
+            "cached_tokens": 80,
+            "cache_write_tokens": 3,
+            "audio_tokens": 4,
+            "image_tokens": 2,
+        },
+        "completion_tokens_details": {"reasoning_tokens": 15, "audio_tokens": 2, "image_tokens": 1},
     }
     usage = read_usage(said)
-    assert usage == Usage(90, 20, 80, 3, 15, 4, 2)
-    kinds = {"cache_read": 80, "cache_write": 3, "audio_input": 4, "audio_output": 2, "reasoning": 15}
+    assert usage == Usage(90, 20, 80, 3, 15, 4, 2, 2, 1)
+    given = {"cache_read": 80, "cache_write": 3, "audio_input": 4, "image_input": 2}
+    kinds = {**given, "audio_output": 2, "image_output": 1, "reasoning": 15}
     assert billed(usage, ASK, BOUND) == Metered(input=90, output=20, **kinds, requests=1)
 
 
 def test_parts_never_come_to_more_than_the_whole() -> None:
-    metered = billed(Usage(50, 12, 40, 30, 99, 98, 10), ASK, BOUND)
-    assert metered == Metered(50, 12, cache_read=40, cache_write=10, audio_output=10, reasoning=2, requests=1)
+    metered = billed(Usage(50, 12, 40, 30, 99, 98, 10, 97, 1), ASK, BOUND)
+    parts = {"cache_read": 40, "cache_write": 10, "audio_output": 10, "image_output": 1, "reasoning": 1}
+    assert metered == Metered(50, 12, **parts, requests=1)
+    metered = billed(Usage(50, 12, 10, 10, 99, 20, 5, 97, 99), ASK, BOUND)
+    parts = {"cache_read": 10, "cache_write": 10, "audio_input": 20, "image_input": 10}
+    assert metered == Metered(50, 12, **parts, audio_output=5, image_output=7, requests=1)
 
 
 @pytest.mark.parametrize("completion", [{}, {"completion_tokens": None}, {"completion_tokens": 0}])
 def test_embeddings_have_no_output(completion: dict[str, Any]) -> None:
-    assert read_usage({"prompt_tokens": 7, "total_tokens": 7, **completion}, has_output=False) == Usage(7, 0)
+    assert read_embeddings_usage({"prompt_tokens": 7, "total_tokens": 7, **completion}) == Usage(7, 0)
 
 
 def test_output_that_is_only_in_the_total_is_read() -> None:
@@ -104,7 +124,7 @@ def test_a_usage_without_output_is_none(total: dict[str, Any]) -> None:
     assert read_usage({"prompt_tokens": 7, **total}) is None
 
 
-@pytest.mark.parametrize("bad", [-1, True, False, 7.0, 7.5, "7", [7], {"tokens": 7}, 1e400])
+@pytest.mark.parametrize("bad", [-1, -1.0, True, False, 7.5, "7", [7], {"tokens": 7}, 1e400])
 @pytest.mark.parametrize("field", ["prompt_tokens", "completion_tokens"])
 def test_a_count_that_is_none_is_no_usage(field: str, bad: object) -> None:
     assert read_usage({"prompt_tokens": 7, "completion_tokens": 5, field: bad}) is None
@@ -157,7 +177,7 @@ def test_more_than_the_bound_is_noticed(usage: Usage, beyond: bool) -> None:
 def test_no_usage_is_billed_beyond_the_bound(
     document: object, operation: Operation, bound: Bound, least_input: int, least_output: int
 ) -> None:
-    usage = read_usage(document, has_output=operation != "embeddings")
+    usage = read_embeddings_usage(document) if operation == "embeddings" else read_usage(document)
     if usage is not None:
         assert min(asdict(usage).values()) >= 0
         ask = Ask(operation, "m", 41, least_input_tokens=least_input)
@@ -257,6 +277,20 @@ def test_an_embedding_is_charged_by_its_input(embedding: object) -> None:
     read = read_answer(json.dumps(body).encode(), "embeddings")
     assert read is not None
     assert read.metered(Ask("embeddings", "m", 41, completions=0), Bound(100, 0, 0)) == used(7, 0)
+
+
+@pytest.mark.parametrize(
+    ("shown", "paid"),
+    [({"embeddings": [[0.1]]}, True), ({"data": {"0": [0.1]}}, True), ({"data": [{"values": [0.1]}]}, True),
+     ({"data": [{"index": 1, "object": "embedding", "embedding": []}]}, False), ({"data": []}, False), ({}, False)],
+    ids=str,
+)  # fmt: skip
+def test_vectors_are_paid_in_whatever_shape_they_come(shown: dict[str, Any], paid: bool) -> None:
+    body = {"object": "list", "model": "m", **shown, "usage": {"prompt_tokens": 7, "total_tokens": 7}}
+    read = read_answer(json.dumps(body).encode(), "embeddings")
+    assert read is not None
+    metered = read.metered(Ask("embeddings", "m", 41, completions=0), Bound(100, 0, 0))
+    assert metered == (used(7, 0) if paid else Metered())
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -1,0 +1,80 @@
+"""What is charged: for a report of usage, and where there is none."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from gateway.domain.metered import Metered
+from gateway.domain.request import BYTES_PER_TOKEN, MOST_CHARACTERS_PER_TOKEN, Ask, Bound, estimated_input
+from gateway.upstream.usage.figures import Usage
+
+
+def exceeds(usage: Usage, bound: Bound) -> bool:
+    """Whether the upstream reports more than it was allowed: the operator may be billed for it, the customer is not."""
+    most = bound.metered(bound.output_tokens_each)
+    return usage.input_tokens > most.input or usage.output_tokens > most.output
+
+
+def billed(usage: Usage, ask: Ask, bound: Bound, least_output_tokens: int = 0) -> Metered:
+    """The tokens to charge for a usage: at least what several prompts and answers show, at most the bound. Of parts
+    that do not fit into the whole the last ones are cut, in this order: read from the cache, written to it, audio,
+    images; and of the output audio, images, reasoning."""
+    most = bound.metered(bound.output_tokens_each)
+    input_tokens = min(max(usage.input_tokens, ask.least_input_tokens), most.input)
+    output_tokens = min(max(usage.output_tokens, least_output_tokens), most.output)
+    read, written, heard, seen = _fitting(
+        input_tokens,
+        (usage.cache_read_tokens, usage.cache_write_tokens, usage.audio_input_tokens, usage.image_input_tokens),
+    )
+    spoken, drawn, reasoning = _fitting(
+        output_tokens, (usage.audio_output_tokens, usage.image_output_tokens, usage.reasoning_tokens)
+    )
+    return replace(
+        bound.units,
+        input=input_tokens,
+        output=output_tokens,
+        cache_read=read,
+        cache_write=written,
+        audio_input=heard,
+        image_input=seen,
+        audio_output=spoken,
+        image_output=drawn,
+        reasoning=reasoning,
+    )
+
+
+def _fitting(whole: int, parts: Iterable[int]) -> Iterator[int]:
+    """Of each part what those before it leave of the whole."""
+    for part in parts:
+        yield (fits := min(part, whole))
+        whole -= fits
+
+
+def billed_without_usage(ask: Ask, bound: Bound, output_tokens: int) -> Metered:
+    """The tokens to charge where the upstream told none: input by its bytes, output as counted."""
+    most = bound.metered(bound.output_tokens_each)
+    return replace(bound.units, input=estimated_input(ask, bound), output=min(output_tokens, most.output))
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer. content_bytes, characters: of the text in all its choices. signs: tokens of which something else
+    than text tells."""
+
+    usage: Usage | None
+    content_bytes: int
+    characters: int
+    signs: int = field(default=0, kw_only=True)
+
+    @property
+    def empty(self) -> bool:
+        """There is nothing in it to learn."""
+        return not self.content_bytes and not self.signs
+
+    def metered(self, ask: Ask, bound: Bound) -> Metered:
+        """The tokens to charge."""
+        if self.empty and not (self.usage and self.usage.owed_unseen(bound.answers)):
+            return Metered()
+        if self.usage is None:
+            return billed_without_usage(ask, bound, max(-(-self.content_bytes // BYTES_PER_TOKEN), self.signs))
+        least = self.characters // MOST_CHARACTERS_PER_TOKEN if bound.answers > 1 else 0
+        return billed(self.usage, ask, bound, least)
