@@ -19,8 +19,8 @@ from gateway.credits.operator import Operator
 from gateway.credits.reaper import reap
 from gateway.credits.service import CreditEngine
 from gateway.credits.store import Store
+from gateway.demo.upstream import DemoUpstream
 from gateway.http.admin import Check, Health, admin_app
-from gateway.http.demo import DemoUpstream
 from gateway.http.proxy import Proxy
 from gateway.sessions import own_store
 from gateway.telemetry.metrics import Metrics
