@@ -55,6 +55,7 @@ class Order:
 
     @property
     def size(self) -> str:
+        """In pixels."""
         return f"{self.width}x{self.height}"
 
     @property
@@ -74,9 +75,8 @@ class Order:
     def draw(self, nth: int = 0) -> str:
         """The nth picture, as base64."""
         colour = hashlib.sha256(self.seed + bytes([nth])).digest()[:3]
-        return base64.b64encode(
-            png(self.width, self.height, colour, transparent=self.background == "transparent")
-        ).decode()
+        drawn = png(self.width, self.height, colour, transparent=self.background == "transparent")
+        return base64.b64encode(drawn).decode()
 
 
 async def generate(request: web.Request) -> web.StreamResponse:

@@ -125,7 +125,7 @@ def _ending(said: Answer) -> Body:
 
 async def _events(frame: Body, said: Answer, turn: _Turn) -> AsyncIterator[bytes]:
     yield named_event({"type": "message_start", "message": frame})
-    empty = {"input": {}} if said.tool else {"text": ""}
+    empty: Body = {"input": {}} if said.tool else {"text": ""}
     yield named_event({"type": "content_block_start", "index": 0, "content_block": {**_block(said), **empty}})
     yield named_event({"type": "ping"})
     kind, name = ("input_json_delta", "partial_json") if said.tool else ("text_delta", "text")

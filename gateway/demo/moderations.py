@@ -32,7 +32,7 @@ async def moderate(request: web.Request) -> web.Response:
         "flagged": False,
         "categories": dict.fromkeys(_CATEGORIES, False),
         "category_scores": dict.fromkeys(_CATEGORIES, 0.0),
-        "category_applied_input_types": dict.fromkeys(_CATEGORIES, ["text"]),
+        "category_applied_input_types": {name: ["text"] for name in _CATEGORIES},
     }
     identity = made_id("modr-demo-", await request.read())
     return as_json({"id": identity, "model": body["model"], "results": [result] * _count(body)})

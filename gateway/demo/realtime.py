@@ -25,7 +25,7 @@ from gateway.demo.refusal import Refused, error_of
 #: Of one event: 15 MiB of sound are 20 MiB of base64.
 MAX_EVENT_BYTES = 21 * 1024 * 1024
 
-SOCKETS = web.AppKey("sockets", WeakSet[web.WebSocketResponse])
+SOCKETS: web.AppKey[WeakSet[web.WebSocketResponse]] = web.AppKey("sockets", WeakSet)
 
 _HEARTBEAT_SECONDS = 30
 
@@ -50,7 +50,8 @@ async def talk(request: web.Request) -> web.WebSocketResponse:
 
 async def close_sockets(app: web.Application) -> None:
     """Tell the clients that are connected that the server goes away."""
-    for socket in set(app[SOCKETS]):
+    sockets = app[SOCKETS]
+    for socket in list(sockets):
         await socket.close(code=WSCloseCode.GOING_AWAY, message=b"the demo model stops")
 
 
@@ -162,7 +163,7 @@ class _Session:
             heard = Conversation()
             for item in objects(given, "input", 1000):
                 heard.add(item_of(item, self._new_id("item")))
-        self._response = RealtimeResponse(
+        response = RealtimeResponse(
             self._new_id("resp"),
             self._new_id("item"),
             self._settings.changed_by(given),
@@ -170,7 +171,9 @@ class _Session:
             None if given.get("conversation") == "none" else self._conversation,
             given.get("metadata"),
         )
-        self._saying = asyncio.create_task(self._say(self._response))
+        response.take_place()
+        self._response = response
+        self._saying = asyncio.create_task(self._say(response))
 
     async def _say(self, response: RealtimeResponse) -> None:
         with suppress(ConnectionResetError):  # the client has left

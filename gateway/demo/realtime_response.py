@@ -18,7 +18,8 @@ TOKEN_MS = 50
 class Send(Protocol):
     """Sends an event of the server to the client."""
 
-    def __call__(self, kind: str, **fields: Any) -> Awaitable[None]: ...
+    def __call__(self, kind: str, **fields: Any) -> Awaitable[None]:
+        """kind: the event's type."""
 
 
 @dataclass(slots=True)
@@ -36,6 +37,13 @@ class RealtimeResponse:
     conversation: Conversation | None
     metadata: Body | None = None
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
+    _before: str | None = None
+
+    def take_place(self) -> None:
+        """Stand in the conversation before a word is said. Raises Refused if that is full."""
+        if self.conversation is not None:
+            self._before = self.conversation.last_id
+            self.conversation.add(Item({"id": self.item_id}, 0))
 
     async def say(self, send: Send) -> None:
         """Send all of its events."""
@@ -43,9 +51,8 @@ class RealtimeResponse:
         await send("response.created", response=self._document("in_progress", []))
         await send("response.output_item.added", **self._where, item=self._item("in_progress", None))
         if self.conversation is not None:
-            before = self.conversation.last_id
             item = self._item("in_progress", None)
-            await send("conversation.item.added", previous_item_id=before, item=item)
+            await send("conversation.item.added", previous_item_id=self._before, item=item)
         at = {**self._where, "item_id": self.item_id, "content_index": 0}
         await send("response.content_part.added", **at, part=self._part(""))
         said, status = await self._deltas(send, at)
@@ -55,8 +62,8 @@ class RealtimeResponse:
         await send("response.content_part.done", **at, part=self._part(text))
         item = self._item("completed" if status == "completed" else "incomplete", text)
         if self.conversation is not None:
-            self.conversation.add(Item(item, len(said), self._sound_tokens(said)))
-            await send("conversation.item.done", previous_item_id=before, item=item)
+            self.conversation.grow(len(said), self._sound_tokens(said))
+            await send("conversation.item.done", previous_item_id=self._before, item=item)
         await send("response.output_item.done", **self._where, item=item)
         done = self._document(status, [item])
         await send("response.done", response={**done, "usage": self._usage(given, said)})

@@ -14,10 +14,8 @@ async def response_events(frame: Body, said: Answer, item: Body, ending: Body) -
 
     frame: the response before anything is said. ending: what is different at its end.
     """
-    number = 0
-    for kind, fields in _events(frame, said, item, ending):
+    for number, (kind, fields) in enumerate(_events(frame, said, item, ending)):
         yield named_event({"type": kind, "sequence_number": number, **fields})
-        number += 1
         if kind.endswith(".delta"):
             await asyncio.sleep(TOKEN_SECONDS)
 

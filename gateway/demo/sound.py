@@ -31,7 +31,7 @@ def wav_header(data_bytes: int) -> bytes:
 def seconds_of(head: bytes, size: int, *, other_bytes_per_second: int) -> float:
     """How long a file of size bytes sounds, of which head is the beginning; other than WAV by a fixed rate."""
     try:
-        with wave.open(io.BytesIO(head)) as file:
+        with wave.open(io.BytesIO(head), "rb") as file:
             frame_bytes = file.getnchannels() * file.getsampwidth()
             # The header may promise more than is there: one written before its sound says "without end".
             return min(file.getnframes(), size // frame_bytes) / file.getframerate()
