@@ -26,7 +26,9 @@ def decoded(data: bytes) -> Picture:
         assert struct.unpack_from(">I", data, place + 8 + length) == (zlib.crc32(kind + content),)
         chunks[kind] = content
         place += 12 + length
-    assert place == len(data) and list(chunks)[0] == b"IHDR" and list(chunks)[-1] == b"IEND"
+    assert place == len(data)
+    first, *_, last = chunks
+    assert (first, last) == (b"IHDR", b"IEND")
     width, height, *form = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
     assert form == [1, 3, 0, 0, 0]
     rows, row_bytes = zlib.decompress(chunks[b"IDAT"]), 1 + -(-width // 8)

@@ -1,10 +1,10 @@
 """Chat, completions and embeddings of the demo model, asked by the real OpenAI client."""
 
 import base64
+import json
 import math
 import struct
 from typing import Any
-import json
 
 import openai
 import pytest

@@ -84,6 +84,7 @@ async def test_edits_can_be_streamed(client: openai.AsyncOpenAI) -> None:
     assert kinds == ["image_edit.partial_image", "image_edit.completed"]
 
 
+@pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # the client's word on this endpoint
 async def test_variations_need_no_prompt(client: openai.AsyncOpenAI) -> None:
     answer = await client.images.create_variation(model=MODEL, image=b"one", n=3, size="256x256")
     assert len({tuple(picture_of(image).colours) for image in answer.data}) == 3

@@ -37,14 +37,15 @@ async def test_a_message_says_what_it_is_and_what_was_asked(claude: anthropic.As
 
 async def test_a_stream_is_the_same_message(claude: anthropic.AsyncAnthropic) -> None:
     whole = await claude.messages.create(**asked())
-    raw = await claude.messages.create(**asked(), stream=True)
-    kinds = [event.type async for event in raw]
+    async with claude.messages.with_streaming_response.create(**asked(), stream=True) as raw:
+        lines = [line async for line in raw.iter_lines()]
+    kinds = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
     deltas = kinds.count("content_block_delta")
     assert deltas == whole.usage.output_tokens
-    # The client keeps the ping to itself.
     assert kinds == [
         "message_start",
         "content_block_start",
+        "ping",
         *["content_block_delta"] * deltas,
         "content_block_stop",
         "message_delta",
