@@ -37,7 +37,7 @@ def _conversation(body: Body) -> Prompt:
 def _tools(body: Body) -> tuple[Tool, ...]:
     """The functions that may be called now: none once one has answered, or nobody would ever get words."""
     functions = [tool.get("function") for tool in objects(body, "tools", MAX_TOOLS)]
-    if body["messages"][-1]["role"] != "user":
+    if body["messages"][-1]["role"] != "user" or body.get("tool_choice") == "none":
         return ()
     found = [tool_of(each.get("name"), each.get("parameters")) for each in functions if isinstance(each, dict)]
     return tuple(tool for tool in found if tool)

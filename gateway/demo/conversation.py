@@ -121,7 +121,7 @@ def item_of(given: object, new_id: str) -> Item:
     if not isinstance(given, dict):
         raise Refused("item must be an object", "item")
     shown = {"object": "realtime.item", "status": "completed", **given, "id": text(given, "id") or new_id}
-    kind = given.get("type")
+    kind = str(given.get("type"))
     if kind in _TEXT_OF:
         return Item(shown, count_tokens(text(given, _TEXT_OF[kind]) or ""))
     if kind != "message" or given.get("role") not in _ROLES:

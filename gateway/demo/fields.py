@@ -88,7 +88,7 @@ def one_of(body: Body, name: str, choices: Sequence[str]) -> str:
     if value is None:
         return choices[0]
     if value not in choices:
-        raise Refused(f"the demo model's {name} can be {', '.join(choices)}", name)
+        raise Refused(f"{name} must be {' or '.join(choices)}", name)
     return str(value)
 
 

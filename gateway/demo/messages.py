@@ -33,7 +33,7 @@ async def message(request: web.Request) -> web.StreamResponse:
     turn, limit = _turn(body), integer(body, "max_tokens")
     if limit is None:
         raise Refused("max_tokens: field required", "max_tokens")
-    tools = () if turn.answered else _tools(body)
+    tools = () if turn.answered or body.get("tool_choice") == {"type": "none"} else _tools(body)
     stops = texts(body, "stop_sequences", MAX_STOPS)
     said = call_of(tools, turn.prompt.text, limit) or answer_of(words(turn.prompt.text), limit, stops)
     frame = {

@@ -47,7 +47,7 @@ class RealtimeResponse:
 
     async def say(self, send: Send) -> None:
         """Send all of its events."""
-        given = self._input_details()
+        given, tokens = self._input_details(), split_tokens(words(self.heard.asked, limit="max_output_tokens"))
         await send("response.created", response=self._document("in_progress", []))
         await send("response.output_item.added", **self._where, item=self._item("in_progress", None))
         if self.conversation is not None:
@@ -55,7 +55,7 @@ class RealtimeResponse:
             await send("conversation.item.added", previous_item_id=self._before, item=item)
         at = {**self._where, "item_id": self.item_id, "content_index": 0}
         await send("response.content_part.added", **at, part=self._part(""))
-        said, status = await self._deltas(send, at)
+        said, status = await self._deltas(send, at, tokens)
         text = "".join(said)
         for kind, more in self._ends(text):
             await send(kind, **at, **more)
@@ -68,11 +68,11 @@ class RealtimeResponse:
         done = self._document(status, [item])
         await send("response.done", response={**done, "usage": self._usage(given, said)})
 
-    async def _deltas(self, send: Send, at: Body) -> tuple[list[str], str]:
+    async def _deltas(self, send: Send, at: Body, tokens: list[str]) -> tuple[list[str], str]:
         """Send the tokens one by one. Returns those that were said, and the status."""
         said: list[str] = []
         left = self.settings.limit
-        for token in split_tokens(words(self.heard.asked, limit="max_output_tokens")):
+        for token in tokens:
             if self.stopped.is_set():
                 return said, "cancelled"
             if left is not None:

@@ -33,7 +33,7 @@ async def respond(request: web.Request) -> web.StreamResponse:
     """One response, whole or streamed."""
     body = await read_body(request)
     given, tools, limit = _input(body), _tools(body), integer(body, "max_output_tokens")
-    callable_now = () if given.answered else tools
+    callable_now = () if given.answered or body.get("tool_choice") == "none" else tools
     said = call_of(callable_now, given.prompt.text, limit) or answer_of(
         words(given.prompt.text, limit="max_output_tokens"), limit
     )
@@ -70,7 +70,7 @@ def _input(body: Body) -> _Input:
 
 
 def _said(item: Body, param: str) -> str:
-    kind = item.get("type") or "message"
+    kind = str(item.get("type") or "message")
     if kind == "reasoning":
         return ""
     if kind != "message" and kind not in _TEXT_OF:

@@ -112,6 +112,11 @@ async def test_a_tool_is_called_when_the_user_says_so(client: openai.AsyncOpenAI
     assert final.choices[0].finish_reason == "tool_calls"
 
 
+async def test_a_tool_is_not_called_when_the_request_forbids_it(client: openai.AsyncOpenAI) -> None:
+    answer = await client.chat.completions.create(model=MODEL, messages=ASKS_FOR_IT, tools=[TOOL], tool_choice="none")
+    assert answer.choices[0].finish_reason == "stop"
+
+
 async def test_a_tool_is_not_called_again_once_it_has_answered(client: openai.AsyncOpenAI) -> None:
     first = await client.chat.completions.create(model=MODEL, messages=ASKS_FOR_IT, tools=[TOOL])
     [call] = first.choices[0].message.tool_calls or []

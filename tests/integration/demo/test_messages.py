@@ -81,6 +81,8 @@ async def test_a_tool_is_used_and_its_result_is_read(claude: anthropic.AsyncAnth
     ]
     answer = await claude.messages.create(model=MODEL, max_tokens=1000, messages=turns, tools=[TOOL])
     assert "demo model" in answer.content[0].text
+    forbidden = await claude.messages.create(**asked("Use the tool."), tools=[TOOL], tool_choice={"type": "none"})
+    assert forbidden.stop_reason == "end_turn"
 
 
 async def test_either_header_may_bring_a_key(upstream: DemoUpstream) -> None:

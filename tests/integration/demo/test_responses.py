@@ -81,6 +81,8 @@ async def test_a_tool_is_called_and_its_output_is_read(client: openai.AsyncOpenA
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "10,935 m"}
     answer = await client.responses.create(model=MODEL, input=[*asked, call.to_dict(), result], tools=[TOOL])
     assert "demo model" in answer.output_text
+    forbidden = await client.responses.create(model=MODEL, input=asked, tools=[TOOL], tool_choice="none")
+    assert "demo model" in forbidden.output_text
 
 
 @pytest.mark.parametrize(
