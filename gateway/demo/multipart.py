@@ -59,7 +59,7 @@ async def read_form(request: web.Request) -> Form:
         reader = await request.multipart()
         while (part := await reader.next()) is not None:
             parts += 1
-            if not isinstance(part, BodyPartReader) or not part.name:
+            if not isinstance(part, BodyPartReader) or not part.name or not part.name.isprintable():
                 raise Refused("each part of the form must be a field with a name")
             if parts > MAX_PARTS:
                 raise Refused(f"the form must have at most {MAX_PARTS} parts")
@@ -70,7 +70,7 @@ async def read_form(request: web.Request) -> Form:
             else:
                 texts[part.name] = _as_text(part.name, file)
     except (ValueError, HttpProcessingError, web.RequestPayloadError) as error:
-        raise Refused(f"the body is no form: {error}") from None
+        raise Refused(f"the body is no form: {error!r}") from None
     return Form(texts, files)
 
 

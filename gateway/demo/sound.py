@@ -35,7 +35,7 @@ def seconds_of(head: bytes, size: int, *, other_bytes_per_second: int) -> float:
             frame_bytes = file.getnchannels() * file.getsampwidth()
             # The header may promise more than is there: one written before its sound says "without end".
             return min(file.getnframes(), size // frame_bytes) / file.getframerate()
-    except (wave.Error, EOFError, ZeroDivisionError):
+    except (wave.Error, EOFError, RuntimeError, ZeroDivisionError):  # RuntimeError: a chunk ends beyond the file
         return size / other_bytes_per_second
 
 

@@ -107,6 +107,8 @@ async def test_what_it_cannot_say_is_refused_by_name(
         (wav(200, rate=16_000), "200.00 seconds", 200),  # longer than what is kept of a file
         (wav(4)[:-32_000], "3.00 seconds", 4),  # says that it is longer than it is: 3 s and its header
         (b"\xff\xfb" + bytes(9998), "2.50 seconds", 3),
+        (wav(1).replace(b"data", b"junk", 1)[:10_000], "2.50 seconds", 3),  # no data, and a chunk beyond the end
+        (wav(1)[:30] + bytes(7970), "2.00 seconds", 2),  # of no channels
     ],
 )
 async def test_a_transcription_names_the_length(

@@ -133,6 +133,7 @@ FORM = "multipart/form-data; boundary=line"
         (FORM, b"no form at all"),
         (FORM, b'--line\r\nContent-Disposition: form-data; name="model"\r\n\r\norg/demo'),
         (FORM, b'--line\r\nContent-Disposition: form-data; name="model"\r\n\r\n\xff\r\n--line--\r\n'),
+        (FORM, b'--line\r\nContent-Disposition: form-data; name="\xe5"\r\n\r\n\xe5\r\n--line--\r\n'),
         (FORM, b"--line\r\nX\r\n\r\norg\r\n--line--\r\n"),
         (FORM, b"--line\r\nContent-Disposition: form-data\r\n\r\norg\r\n--line--\r\n"),
         (FORM, b"--line\r\nContent-Type: multipart/mixed; boundary=in\r\n\r\n--in\r\n\r\n\r\n--in--\r\n--line--\r\n"),
