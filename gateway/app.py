@@ -19,8 +19,8 @@ from gateway.credits.operator import Operator
 from gateway.credits.reaper import reap
 from gateway.credits.service import CreditEngine
 from gateway.credits.store import Store
+from gateway.demo.upstream import DemoUpstream
 from gateway.http.admin import Check, Health, admin_app
-from gateway.http.demo import DemoUpstream
 from gateway.http.proxy import Proxy
 from gateway.sessions import own_store
 from gateway.telemetry.metrics import Metrics
@@ -141,8 +141,10 @@ class _Demo:
         if not config.demo:
             return config
         log.warning("no upstream has a key (%s): the demo model answers and is charged", ", ".join(config.upstreams))
-        if self._server is None or not self._models.issuperset(config.models):
-            self._models |= frozenset(config.models)
+        # It is asked by the names that the upstreams would know.
+        names = {model.sent_as or name for name, model in config.models.items()}
+        if self._server is None or not self._models.issuperset(names):
+            self._models |= names
             self._server = await self._stack.enter_async_context(DemoUpstream(sorted(self._models)))
         base_url = self._server.base_url
 

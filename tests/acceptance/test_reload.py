@@ -214,7 +214,7 @@ async def test_no_request_is_dropped_while_the_configuration_changes(served: Ser
     assert remaining(last) == DAILY - sum(cost(answer) for answer in (*answers, last))
 
 
-async def test_the_demo_model_knows_a_new_model(
+async def test_the_demo_model_knows_new_and_renamed_models(
     files: Files, session: aiohttp.ClientSession, tmp_path: Path, clock: MovableClock
 ) -> None:
     files.main["upstreams"]["test"]["api_key"] = ""
@@ -222,8 +222,9 @@ async def test_the_demo_model_knows_a_new_model(
     async with serving(files, session, tmp_path / "data", clock) as served:
         assert (await served.ask()).status == 200
         files.models["models"]["new"] = files.models["models"][MODEL]
+        files.models["models"]["renamed"] = files.models["models"][MODEL] | {"upstream_model": "theirs"}
         await served.save()
-        for model in (MODEL, "new"):
+        for model in (MODEL, "new", "renamed"):
             answer = await served.ask(BODY.replace(MODEL.encode(), model.encode()))
             assert (answer.status, answer.document["system_fingerprint"]) == (200, "quota-gateway-demo")
 

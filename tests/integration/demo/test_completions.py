@@ -1,36 +1,30 @@
-"""The demo model, asked by the real OpenAI client."""
+"""Chat, completions and embeddings of the demo model, asked by the real OpenAI client."""
 
 import base64
+import json
 import math
 import struct
-from collections.abc import AsyncIterator
+from typing import Any
 
 import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from openai.types.chat import ChatCompletionMessageParam
+from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolParam
 
-from gateway.http.demo import DIMENSIONS, DemoUpstream, split_tokens
+from gateway.demo.embeddings import DIMENSIONS
+from gateway.demo.fields import MAX_BODY_BYTES
+from gateway.demo.words import split_tokens
+from tests.integration.demo.conftest import MODEL, TRANSCRIBER
 
-MODEL = "org/demo-model"
 QUESTION: list[ChatCompletionMessageParam] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "How deep is the Mariana trench?"},
 ]
 
 
-@pytest.fixture
-async def client() -> AsyncIterator[openai.AsyncOpenAI]:
-    async with (
-        DemoUpstream([MODEL, "other"]) as upstream,
-        openai.AsyncOpenAI(base_url=upstream.base_url, api_key="none", max_retries=0) as client,
-    ):
-        yield client
-
-
 async def test_lists_its_models(client: openai.AsyncOpenAI) -> None:
-    assert [model.id async for model in client.models.list()] == [MODEL, "other"]
+    assert [model.id async for model in client.models.list()] == [MODEL, TRANSCRIBER]
 
 
 async def test_an_answer_says_what_it_is_and_what_was_asked(client: openai.AsyncOpenAI) -> None:
@@ -85,6 +79,54 @@ async def test_a_stop_text_ends_the_answer_before_it(client: openai.AsyncOpenAI)
     assert answer.choices[0].message.content == "This is the"
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage is not None and answer.usage.completion_tokens == 3
+
+
+TOOL: ChatCompletionToolParam = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "parameters": {
+            "type": "object",
+            "properties": {"place": {"type": "string"}, "count": {"type": "integer"}, "unit": {"enum": ["m", "ft"]}},
+            "required": ["place", "count", "unit"],
+        },
+    },
+}
+ASKS_FOR_IT: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Use the tool."}]
+
+
+async def test_a_tool_is_called_when_the_user_says_so(client: openai.AsyncOpenAI) -> None:
+    answer = await client.chat.completions.create(model=MODEL, messages=ASKS_FOR_IT, tools=[TOOL])
+    [choice] = answer.choices
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    [call] = choice.message.tool_calls or []
+    assert call.type == "function" and call.function.name == "look_up"
+    assert json.loads(call.function.arguments) == {"place": "demo", "count": 1, "unit": "m"}
+    assert answer.usage is not None and answer.usage.completion_tokens == len(split_tokens(call.function.arguments))
+    async with client.chat.completions.stream(model=MODEL, messages=ASKS_FOR_IT, tools=[TOOL]) as stream:
+        kinds = [event.type async for event in stream]
+        final = await stream.get_final_completion()
+    assert kinds.count("tool_calls.function.arguments.delta") > 3
+    [streamed] = final.choices[0].message.tool_calls or []
+    assert (streamed.function.name, streamed.function.arguments) == ("look_up", call.function.arguments)
+    assert final.choices[0].finish_reason == "tool_calls"
+
+
+async def test_a_tool_is_not_called_when_the_request_forbids_it(client: openai.AsyncOpenAI) -> None:
+    answer = await client.chat.completions.create(model=MODEL, messages=ASKS_FOR_IT, tools=[TOOL], tool_choice="none")
+    assert answer.choices[0].finish_reason == "stop"
+
+
+async def test_a_tool_is_not_called_again_once_it_has_answered(client: openai.AsyncOpenAI) -> None:
+    first = await client.chat.completions.create(model=MODEL, messages=ASKS_FOR_IT, tools=[TOOL])
+    [call] = first.choices[0].message.tool_calls or []
+    messages: list[Any] = [
+        *ASKS_FOR_IT,
+        first.choices[0].message.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": call.id, "content": "10,935 m"},
+    ]
+    second = await client.chat.completions.create(model=MODEL, messages=messages, tools=[TOOL])
+    assert "demo model" in (second.choices[0].message.content or "")
 
 
 async def test_completions_answer_every_prompt(client: openai.AsyncOpenAI) -> None:
@@ -145,7 +187,7 @@ async def test_an_unknown_model_is_not_found(client: openai.AsyncOpenAI) -> None
 
 async def test_a_body_beyond_the_limit_is_refused(client: openai.AsyncOpenAI) -> None:
     with pytest.raises(openai.APIStatusError) as refused:
-        await client.embeddings.create(model=MODEL, input="x" * 5_000_000)
+        await client.embeddings.create(model=MODEL, input="x" * MAX_BODY_BYTES)
     assert refused.value.status_code == 413
 
 
