@@ -18,7 +18,11 @@ def most_ms(head: bytes, size_bytes: int) -> int:
 
 def likely_ms(head: bytes, size_bytes: int) -> int:
     """The milliseconds that it probably holds."""
-    return _ms(size_bytes, _pcm_bytes_per_s(head) or USUAL_BYTES_PER_S)
+    rate = _pcm_bytes_per_s(head)
+    if rate is None:
+        return _ms(size_bytes, USUAL_BYTES_PER_S)
+    begin = head.find(b"data", 36) + 8  # where the samples are
+    return _ms(max(0, size_bytes - begin) if begin > 36 else size_bytes, rate)
 
 
 def _ms(size_bytes: int, bytes_per_s: int) -> int:

@@ -30,6 +30,7 @@ from gateway.upstream.usage.figures import Usage
 
 # In JSON text a quoted word cannot stand inside a string unescaped, so these match fields and never content.
 _USAGE = re.compile(rb'"usage"\s*:\s*\{')
+_NO_USAGE = re.compile(rb',\s*"usage"\s*:\s*null(?=\s*[,}])')
 _FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
 # Where output stands in a chunk, by API. Some servers send reasoning under both of its names.
 _STRING = rb'\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"'
@@ -103,8 +104,9 @@ class ChoicesStream(EventStream):
         least = 0
         if not (complete and self._usage_is_final):
             least = self._count.billable  # the usage may be that of an earlier moment
-        elif self._bound.answers > 1:
-            least = self._count.events  # some servers report one answer of several; an event is a token at least
+        elif self._bound.answers > 1 or not usage.output_tokens:
+            # Some servers report one answer of several, or nothing of what they say; an event is a token at least.
+            least = self._count.events
         return billed(usage, self._ask, self._bound, least)
 
     @property
@@ -173,7 +175,13 @@ class ChoicesStream(EventStream):
                 if self._read(document, event, finished=_FINISHED.search(line) is not None):
                     return released
                 event = self._without_running_usage(document, event)
-        return released + event
+        return released + self._as_asked(event)
+
+    def _as_asked(self, event: bytes) -> bytes:
+        """The event without the empty usage that upstreams put into every one of them once they are asked for any."""
+        if b'"usage"' not in event or self._ask.wants_usage or self._ask.wants_running_usage:
+            return event
+        return _NO_USAGE.sub(b"", event)
 
     def _release_held(self) -> bytes:
         """The report of usage that turns out not to be the last."""

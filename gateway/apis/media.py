@@ -27,7 +27,7 @@ def read_media_usage(usage: object, *, input_is: str = "", output_is: str = "") 
     if not isinstance(usage, dict):
         return None
     given, made = count(usage, "input_tokens"), count(usage, "output_tokens")
-    if given is None or made is None:
+    if given is None or made is None or not (given or made):
         return None
     of_input = _kinds(usage, ("input_tokens_details", "input_token_details"), given, input_is)
     of_output = _kinds(usage, ("output_tokens_details", "output_token_details"), made, output_is)

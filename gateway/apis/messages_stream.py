@@ -79,8 +79,9 @@ class MessageStream(EventStream):
             return Metered()
         if usage is None:
             return billed_without_usage(self._ask, self._bound, self._count.billable)
-        # Until the end, the report is that of an earlier moment.
-        least = 0 if complete and self._usage_is_final else self._count.billable
+        # Until the end, the report is that of an earlier moment; and some servers count nothing of what they say.
+        told = complete and self._usage_is_final and usage.output_tokens
+        least = 0 if told else self._count.billable
         return billed(usage, self._ask, self._bound, least)
 
     def error_event(self, error: bytes) -> bytes:

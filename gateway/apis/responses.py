@@ -96,6 +96,9 @@ class Responses(Api):
             max_tokens=whole(body, "max_output_tokens", 1),
             stream=boolean(body, "stream"),
             wants_usage=True,
+            # More is thought than a summary, or what is encrypted, shows.
+            hides_output=bool(mapping(body, "reasoning").get("summary"))
+            or "reasoning.encrypted_content" in items(body, "include"),
         )
 
 

@@ -69,7 +69,8 @@ class ResponseStream(EventStream):
             return Metered()
         if self.usage is None:
             return billed_without_usage(self._ask, self._bound, self._count.billable)
-        return billed(self.usage, self._ask, self._bound)
+        least = 0 if self.usage.output_tokens else self._count.events  # some count nothing of what they say
+        return billed(self.usage, self._ask, self._bound, least)
 
     def error_event(self, error: bytes) -> bytes:
         """An ``error`` event, flat as the API has it, and with the error itself, which SDKs look for in any stream."""

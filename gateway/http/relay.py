@@ -108,7 +108,7 @@ class StreamRelay:
         except StoreError as error:
             log.warning("%s: the stream was cut: its hold cannot be extended: %s", exchange.id, error)
             await self._stop(stream)
-            return errors.store_lost(charged=events.has_output)
+            return errors.store_lost(charged=events.payable)
         finally:
             hold.close()
         if events.done or events.complete or events.failed:
@@ -126,7 +126,7 @@ class StreamRelay:
             log.warning("%s: the stream was cut: %s", exchange.id, error or "it took longer than total_timeout")
             # No failure of the upstream's, which bills what it made: so is the client billed for what it got.
             await self._charge_as_seen(stream)
-            return errors.deadline_passed(charged=events.has_output)
+            return errors.deadline_passed(charged=events.payable)
         log.warning("%s: the upstream's stream broke: %s", exchange.id, error)
         return errors.upstream_failed(error)
 

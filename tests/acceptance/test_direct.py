@@ -36,7 +36,8 @@ PRICES = {
 _VOLATILE = (
     (rb'"(id|item_id|response_id|event_id|previous_item_id|call_id|system_fingerprint)":\s?"[^"]*"', rb'"\1":"-"'),
     (rb'"(created|created_at|completed_at|expires_at)":\s?[0-9.]+', rb'"\1":0'),
-    (rb'"timings":\s?\{[^}]*\}', rb'"timings":{}'),
+    # llama.cpp tells them with the usage where it is asked for that, which the gateway does.
+    (rb',"timings":\{[^}]*\}', b""),
 )
 _EVENT_END = re.compile(rb"\r?\n\r?\n")
 
@@ -112,7 +113,7 @@ CASES = [
 ON_LLAMA = [case for case in CASES if case.path in ("/chat/completions", "/completions")]
 
 
-def test_every_endpoint_is_compared() -> None:
+async def test_every_endpoint_is_compared() -> None:
     assert {case.path for case in CASES} == APIS.keys() | FREE_APIS.keys()
 
 

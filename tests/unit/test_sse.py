@@ -74,9 +74,12 @@ _HIDDEN = st.builds(usage_only, st.integers(-1, 9), st.integers(-1, 9))
 _OTHER = st.sampled_from([b": keep-alive", b"event: ping\nid: 7", b"data: {not json", b"data: \xff\xfe", b"retry: 5"])
 
 
+EMPTY_USAGE = b', "usage": null'
+
+
 @st.composite
 def _streams(draw: st.DrawFn) -> tuple[bytes, bytes]:
-    """A stream that ends in [DONE], and the same without its usage-only events."""
+    """A stream that ends in [DONE], and the same without what tells of usage to those who asked for it."""
     end = draw(_LINE_ENDS)
     space = draw(st.sampled_from([b"data: ", b"data:"]))
     whole, shown = b"", b""
@@ -85,7 +88,7 @@ def _streams(draw: st.DrawFn) -> tuple[bytes, bytes]:
             whole += event(draw(_HIDDEN), end=end, field=space)
             continue
         text = draw(_OTHER) + end if kind == "other" else event(draw(_SHOWN), end=end, field=space)
-        whole, shown = whole + text, shown + text
+        whole, shown = whole + text, shown + text.replace(EMPTY_USAGE, b"")
     return whole + space + b"[DONE]" + end, shown + space + b"[DONE]" + end
 
 
@@ -161,11 +164,15 @@ def test_a_comment_is_passed_on() -> None:
     assert fed(stream)[0] == stream
 
 
-def test_usage_null_in_every_chunk_is_no_usage() -> None:
-    shown = event(words("a", usage=None)) + event(words("", "stop", usage=None))
-    out, events = fed(shown + event(usage_only()) + DONE)
-    assert out == shown + DONE
+def test_usage_null_in_every_chunk_is_no_usage_and_only_for_those_who_asked() -> None:
+    told = event(words("a", usage=None)) + event(words("", "stop", usage=None))
+    out, events = fed(told + event(usage_only()) + DONE)
+    assert out == event(words("a")) + event(words("", "stop")) + DONE
     assert events.usage == Usage(7, 5)
+    stream = told + event(usage_only()) + DONE
+    assert fed(stream, show=True)[0] == stream
+    said = event(words(', "usage": null}'))
+    assert fed(said + DONE)[0] == said + DONE
 
 
 def test_usage_on_the_finish_chunk_is_passed_on_and_read() -> None:

@@ -76,5 +76,7 @@ class Answer:
             return Metered()
         if self.usage is None:
             return billed_without_usage(ask, bound, max(-(-self.content_bytes // BYTES_PER_TOKEN), self.signs))
-        least = self.characters // MOST_CHARACTERS_PER_TOKEN if bound.answers > 1 else 0
+        # Some servers report one answer of several, and some count nothing of what they say.
+        doubtful = bound.answers > 1 or not self.usage.output_tokens
+        least = self.characters // MOST_CHARACTERS_PER_TOKEN if doubtful else 0
         return billed(self.usage, ask, bound, least)
