@@ -54,7 +54,8 @@ def welcome(config: GatewayConfig, address: Address, admin: Address, secret: str
     if config.demo:
         lines += [
             f"DEMO MODEL: no upstream has a key ({', '.join(config.upstreams)}), so a small built-in model answers, at",
-            "the same prices. Set the key that the configuration asks for (IONET_API_KEY) to serve real models.",
+            "the same prices. Give an upstream its api_key to serve real models; the configuration that ships takes it\n"
+            "from IONET_API_KEY.",
             "",
         ]
     lines += [f"metrics   http://{_reachable(admin)}/metrics", f"base URL  {base}"]
@@ -63,9 +64,7 @@ def welcome(config: GatewayConfig, address: Address, admin: Address, secret: str
             "key       make one with: quota-gateway keys create ACCOUNT, after accounts create ACCOUNT (same --config)"
         )
         return "\n".join(lines)
-    model = next(
-        (model for model in config.models.values() if model.prices.tokens and model.prices.tokens.output_femto), None
-    )
+    model = next(filter(_answers, config.models.values()), None)
     lines.append(f"key       {secret}   (account {FIRST_ACCOUNT}, plan {config.default_plan}; shown only once)")
     if model is not None:
         body = f'{{"model": "{model.name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'

@@ -12,8 +12,8 @@ _EXTENSIBLE = 0xFFFE
 
 
 def most_ms(head: bytes, size_bytes: int) -> int:
-    """The most milliseconds that a file of this size and beginning can hold."""
-    return _ms(size_bytes, _pcm_bytes_per_s(head) or LEAST_BYTES_PER_S)
+    """The most milliseconds that a file of this size and beginning can hold: whole seconds, as many upstreams bill."""
+    return -(-_ms(size_bytes, _pcm_bytes_per_s(head) or LEAST_BYTES_PER_S) // 1000) * 1000
 
 
 def likely_ms(head: bytes, size_bytes: int) -> int:

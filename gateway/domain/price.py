@@ -4,9 +4,10 @@ One object prices a request twice: before it is forwarded, by ``most_femto`` of 
 afterwards, by ``femto`` of what it used.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
+from itertools import product
 from types import MappingProxyType
 
 from gateway.domain.metered import Metered
@@ -162,32 +163,36 @@ class Prices:
         """What one image costs; 0 where images are not sold. Either may be AUTO, or have no price of its own."""
         if not self.images:
             return 0
-        for key in ((size, quality), (size, ANY), (ANY, quality), (ANY, ANY)):
-            if key in self.images:
-                return self.images[key]
-        return self.images[self.dearest_image(size, quality)]
+        key = self._image_key(size, quality) or self._image_key(*self.dearest_image(size, quality))
+        assert key is not None, "the dearest kind is one that has a price"
+        return self.images[key]
 
     def dearest_image(self, size: str, quality: str) -> tuple[str, str]:
-        """The kind in the table that costs most of those that may be meant, where AUTO may mean any; the dearest of all
-        where none is. The kind itself where images are not sold."""
-        if AUTO not in (size, quality) and self.sells_image(size, quality):
-            return size, quality
-        kinds = [kind for kind in self.images if _may_mean(size, kind[0]) and _may_mean(quality, kind[1])]
-        return max(kinds or self.images, key=self.images.__getitem__, default=(size, quality))
+        """The kind that costs most of those that may be meant, where AUTO may mean any; the dearest of all where none
+        is. The kind itself where images are not sold."""
+        kinds = [kind for kind in self._may_mean(size, quality) if self._image_key(*kind)]
+        return max(kinds or self.images, key=lambda kind: self.image_femto(*kind), default=(size, quality))
 
     def sells_image(self, size: str, quality: str) -> bool:
         """Whether an image of the kind has a price. Either may be AUTO."""
-        return any(_may_mean(size, kind[0]) and _may_mean(quality, kind[1]) for kind in self.images)
+        return any(self._image_key(*kind) for kind in self._may_mean(size, quality))
+
+    def _may_mean(self, size: str, quality: str) -> Iterator[tuple[str, str]]:
+        """All kinds that an upstream may choose, of which one stands for those that are not named."""
+        sizes = {ANY, *(key[0] for key in self.images)} if size == AUTO else {size}
+        qualities = {ANY, *(key[1] for key in self.images)} if quality == AUTO else {quality}
+        return product(sorted(sizes), sorted(qualities))
+
+    def _image_key(self, size: str, quality: str) -> tuple[str, str] | None:
+        """The entry that counts for an image of the kind."""
+        keys = ((size, quality), (size, ANY), (ANY, quality), (ANY, ANY))
+        return next((key for key in keys if key in self.images), None)
 
     def _tokens_at(self, input_tokens: int) -> TokenPrices | None:
         for tier in reversed(self.tiers):
             if input_tokens > tier.above_input_tokens:
                 return tier.tokens
         return self.tokens
-
-
-def _may_mean(asked: str, sold: str) -> bool:
-    return asked in (AUTO, sold) or sold == ANY
 
 
 def _or(femto: int | None, otherwise: int) -> int:

@@ -75,6 +75,25 @@ def test_snippets_get_an_answer(gateway: Gateway, mark: str) -> None:
     assert_answers([*interpreter, block(mark)], gateway)
 
 
+def test_the_media_snippet_gets_priced_answers(tmp_path: Path) -> None:
+    config = REPOSITORY / "config" / "openai" / "gateway.yaml"
+    assert "--config config/openai/gateway.yaml" in README
+    with running_gateway(config, data_dir=tmp_path / "data", env={"OPENAI_API_KEY": ""}) as gateway:
+        environment = {**os.environ, "OPENAI_BASE_URL": gateway.base_url, "OPENAI_API_KEY": gateway.key or ""}
+        command = ["bash", "-euc", block("snippet: media")]
+        ended = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout.count("200 OK") == 3, ended.stdout
+        assert "x-credits-cost: 0.011" in ended.stdout.splitlines()
+        assert (tmp_path / "hello.wav").read_bytes().startswith(b"RIFF")
+        assert "This is the demo model" in ended.stdout
+        letters = 12 * 15_000
+        recorded = gateway.cli("credits", "show", "default")["allowance"]["used"]
+        assert float(recorded) > 0.011 + letters / 10**9
+
+
 @pytest.mark.long
 def test_the_node_snippet_gets_an_answer(gateway: Gateway, tmp_path: Path) -> None:
     if not shutil.which("npm"):
@@ -116,7 +135,8 @@ def test_configurations_in_the_readme_and_in_config_are_right(tmp_path: Path) ->
     assert load(tmp_path / "shared.yaml", {}).archive.url.startswith("sqlite:////")
     quoted = yaml.safe_load(block("file: config/plans.yaml"))
     assert quoted == yaml.safe_load((REPOSITORY / "config" / "plans.yaml").read_text())
-    assert run_cli(REPOSITORY / "config" / "gateway.yaml", "check-config").returncode == 0
+    for name in ("gateway.yaml", "openai/gateway.yaml"):
+        assert run_cli(REPOSITORY / "config" / name, "check-config").returncode == 0
 
 
 def test_each_failure_in_the_table_names_tests_that_exist() -> None:

@@ -375,3 +375,8 @@ def test_an_image_whose_kind_the_upstream_chooses_costs_the_usual_and_holds_the_
     assert prices.dearest_image("512x512", AUTO) == ("512x512", ANY)
     assert prices.dearest_image(AUTO, AUTO) == ("1024x1024", "hd")
     assert prices.dearest_image("512x512", "low") == ("512x512", "low")
+    # A price for the quality that was asked for is nearer than that for every other.
+    rest = Prices(images={("1024x1024", "low"): 1, (ANY, "low"): 2, (ANY, ANY): 9})
+    assert rest.image_femto(*rest.dearest_image(AUTO, "low")) == 2
+    assert rest.image_femto(*rest.dearest_image("1024x1024", AUTO)) == 9
+    assert rest.image_femto(AUTO, "low") == 2
