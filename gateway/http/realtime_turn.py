@@ -1,0 +1,200 @@
+"""One response of a realtime session: reserved before it can begin, held for while it flows, charged at its end.
+
+Each is a request of its own, with an id of its own, to the engine, the ledger, the log and the metrics.
+"""
+
+import logging
+import time
+from dataclasses import dataclass, replace
+
+from gateway.apis.realtime_answers import OutputTally, RealtimeUsage
+from gateway.apis.realtime_conversation import Reach, Size
+from gateway.config.model import GatewayConfig
+from gateway.credits.service import LEASE_MS, CreditEngine, Identity, Refused, Reservation, Seen
+from gateway.domain.decision import Denied, Funds
+from gateway.domain.forecast import OutputForecast
+from gateway.domain.metered import Metered
+from gateway.domain.model import Model
+from gateway.domain.plan import Plan
+from gateway.domain.request import MIN_OUTPUT_TOKENS, NO_UNITS, Ask, Bound
+from gateway.http import errors
+from gateway.http.errors import Failure
+from gateway.http.exchange import Exchange
+from gateway.http.holding import note_of
+from gateway.http.realtime_hold import TurnHold
+from gateway.http.reports import Reports
+from gateway.http.settling import Settling
+from gateway.telemetry.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Counter:
+    """Where turns are paid: everything that they share over all sessions."""
+
+    engine: CreditEngine
+    settling: Settling
+    reports: Reports
+    metrics: Metrics
+    forecast: OutputForecast
+
+
+@dataclass(frozen=True, slots=True)
+class NoTurn:
+    """Why a turn cannot be reserved. funds: the account's, where credits are the reason."""
+
+    failure: Failure
+    funds: Funds | None = None
+
+
+class Turn:
+    """One response that credits are held for. size: of its input; reach: how much of the conversation that is, if its
+    usage can tell. handed_out: whether the client got any of its output. event_id: of what asked for it."""
+
+    def __init__(self, counter: Counter, exchange: Exchange, model: Model, reservation: Reservation, size: Size):
+        upstream = exchange.config.upstreams[model.upstream]
+        self.exchange = exchange
+        self.size = size
+        self.reach: Reach | None = None
+        self.event_id = ""
+        self.handed_out = False
+        self.tally = OutputTally(upstream.count_output)
+        self._handed_tokens = self._handed_audio = 0
+        self._counter = counter
+        self._model = model
+        self._reservation = reservation
+        most = output_most(model)
+        self._unseen = model.hidden_reasoning or upstream.count_output == "maximum"
+        self._hold = TurnHold(counter.engine, reservation, self._need, exchange.slice_tokens or most)
+
+    @property
+    def funds(self) -> Funds:
+        """The account's, as of the last that was heard from the store."""
+        return self._reservation.reserved.funds
+
+    @property
+    def reservation(self) -> Reservation:
+        """What is held."""
+        return self._reservation
+
+    async def cover(self) -> None:
+        """Wait until what it has used by now is held for. Raises CreditsEnded and StoreError."""
+        await self._hold.cover()
+
+    def begin(self, size: Size) -> None:
+        """It is asked for, or has begun, with this input."""
+        self.size = size
+        self.exchange.started = time.perf_counter()
+        self._reservation.look = self._seen  # whatever is lost with this gateway is charged as far as this says
+
+    def give_back(self) -> None:
+        """What it was asked for did not come to anything; it may begin another time."""
+        self.event_id, self.reach = "", None
+        self._reservation.look = None
+
+    def hand_out(self) -> None:
+        """The client gets what was counted by now."""
+        if not self.handed_out:
+            self.handed_out, self.exchange.first_byte = True, time.perf_counter()
+        self._handed_tokens, self._handed_audio = self.tally.billable, self.tally.audio_tokens
+
+    def usage_billed(self, usage: RealtimeUsage) -> Metered:
+        """The tokens to charge for a usage."""
+        most = output_most(self._model)
+        if usage.input_tokens > self.size.most or usage.output_tokens > most:
+            log.error("%s: %s reports %s, more than the bound", self.exchange.id, self._model.name, usage)
+            self._counter.metrics.overrun(self._model.upstream)
+        return usage.billed(self.size.most, most)
+
+    def handed_out_billed(self, usage: RealtimeUsage | None) -> Metered:
+        """The tokens to charge for what was handed out of a response that got no further. usage: what the upstream says
+        of it, if it has."""
+        seen = min(self._handed_tokens, output_most(self._model))
+        if usage is not None:
+            return usage.billed(self.size.most, seen)
+        return replace(self.size.estimated(), output=seen, audio_output=min(self._handed_audio, seen))
+
+    def counted_billed(self) -> Metered:
+        """The tokens to charge for a response that came to its end without a usage."""
+        self.hand_out()
+        return self.handed_out_billed(None)
+
+    async def settle(self, metered: Metered, status: int = 200) -> None:
+        """Charge it. Raises only what cancels."""
+        self._end(status)
+        try:
+            await self._counter.settling.charge(self.exchange, self._model, metered)
+        finally:
+            self._counter.reports.finished(self.exchange)
+
+    async def void(self) -> None:
+        """Give back what is held: it has not begun, or it broke at the upstream."""
+        self._end(502)
+        self.exchange.ended = True
+        await self._counter.engine.void(self._reservation)
+
+    def _end(self, status: int) -> None:
+        self._hold.close()
+        self._reservation.look = None
+        self.exchange.status = status
+
+    def learn(self) -> None:
+        """Take note of how long it was."""
+        self._counter.forecast.add(self._model.name, self.tally.tokens)
+
+    def _need(self, ahead_tokens: int) -> int:
+        most = output_most(self._model)
+        output = most if self._unseen else min(most, self.tally.tokens + ahead_tokens)
+        return need_femto(self._model, self.size, output)
+
+    def _seen(self) -> Seen:
+        metered = self.handed_out_billed(None) if self.handed_out else Metered()
+        return Seen(self._model.prices.femto(metered), note_of(self.exchange, self._model, metered))
+
+
+def output_most(model: Model) -> int:
+    """The most output tokens of one response."""
+    return min(model.max_output_tokens, model.context_window)
+
+
+def need_femto(model: Model, size: Size, output_tokens: int) -> int:
+    """The most that a response can cost by list price."""
+    return model.prices.most_femto(Metered(input=size.most, output=output_tokens, requests=1))
+
+
+async def reserve_turn(
+    counter: Counter, config: GatewayConfig, identity: Identity, model: Model, size: Size
+) -> Turn | NoTurn:
+    """Hold for one response: its input, and a slice of output. Raises StoreError and UnknownPlan."""
+    exchange = Exchange(config, identity=identity, ask=Ask("realtime", model.name, None, stream=True))
+    started = time.perf_counter()
+    most = output_most(model)
+    hidden = model.hidden_reasoning or config.upstreams[model.upstream].count_output == "maximum"
+    each = most if hidden else counter.forecast.expected(model.name, most)
+    least = need_femto(model, size, min(most, MIN_OUTPUT_TOKENS))
+    amount = need_femto(model, size, each)
+    exchange.slice_tokens = each
+    outcome = await counter.engine.reserve(
+        identity,
+        exchange.number,
+        model.name,
+        amount,
+        least if hidden else amount,
+        LEASE_MS,
+        alone_femto=least,
+        grows=each < most,
+    )
+    counter.reports.spent(exchange, "reserve", started)
+    if isinstance(outcome, Reservation):
+        exchange.reservation = outcome
+        counter.reports.decide(exchange, "admitted", outcome.reserved.source, outcome.plan.name)
+        return Turn(counter, exchange, model, outcome, size)
+    if isinstance(outcome, Denied):
+        name = outcome.funds.plan
+        bound = Bound(size.most, 1, most, units=NO_UNITS)
+        failure = errors.denied(outcome, config.plans.get(name, Plan(name)), bound, model)
+        counter.reports.decide(exchange, "denied", failure.code, name)
+        return NoTurn(failure, outcome.funds)
+    assert isinstance(outcome, Refused), "no turn has an idempotency key"
+    return NoTurn(errors.bad_key())
