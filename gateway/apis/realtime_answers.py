@@ -45,9 +45,8 @@ def read_server_event(raw: str) -> ServerEvent | None:
         return ServerEvent(kind, document, _id(part_of(document, "response").get("id")))
     if kind.startswith("response.") and kind.endswith(".delta"):
         return _delta(kind, document)
-    if kind == "response.output_item.done":
-        said = orjson.dumps(document.get("item")).decode()
-        return ServerEvent(kind, document, _id(document.get("response_id")), text=said, repeats=True)
+    if kind.startswith("response.") and kind.endswith(".done"):
+        return ServerEvent(kind, document, _id(document.get("response_id")), text=_said_in(document), repeats=True)
     refused = _id(part_of(document, "error").get("event_id")) if kind == "error" else ""
     return ServerEvent(kind, document, refused=refused)
 
@@ -60,6 +59,16 @@ def part_of(document: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _id(value: object) -> str:
     return value if isinstance(value, str) else ""
+
+
+def _said_in(document: dict[str, Any]) -> str:
+    """The text of an event that sums up what was said before: on its top level, in a part, or in an item."""
+    item = part_of(document, "item")
+    content = item.get("content")
+    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    places = (document, part_of(document, "part"), item, *parts)
+    said = (place.get(name) for place in places for name in ("text", "transcript", "arguments"))
+    return "".join(text for text in said if isinstance(text, str))
 
 
 def _delta(kind: str, document: dict[str, Any]) -> ServerEvent:

@@ -48,6 +48,7 @@ def over_of(error: BaseException, session: "Session") -> SessionOver:
         case SessionOver():
             return error
         case ClientLeft():
+            session.exchange.reason = "client_closed"
             return SessionOver(1000)
         case asyncio.CancelledError():
             return SessionOver(_AWAY_CODE, reason="the gateway ends")

@@ -17,6 +17,7 @@ from gateway.apis.realtime_answers import RealtimeUsage, ServerEvent, part_of, r
 from gateway.apis.realtime_audio import PCM_BYTES_PER_S, UNKNOWN_BYTES_PER_S, bytes_per_second
 from gateway.apis.realtime_conversation import Conversation, Size
 from gateway.apis.realtime_events import ClientEvent, Content, NotAnEvent, read_client_event, read_document
+from gateway.credits.errors import StoreError
 from gateway.credits.service import Identity
 from gateway.domain.metered import Metered
 from gateway.domain.model import Model
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 # Responses at once; each is held for by itself.
 _MOST_RESPONSES = 4
 _CLIENT_STALL_S = 60.0
-_IN_FLIGHT_PAUSE_S = 1.0
+_PAUSE_S = 1.0
 
 
 class Session:
@@ -141,7 +142,8 @@ class Session:
             raise InvalidRequest(f"no more than {_MOST_RESPONSES} responses may be under way")
         turn = await self._covered_spare(self._conversation.size_of(event.own))
         self.spare = None
-        turn.event_id = str(event.document.setdefault("event_id", f"event_{secrets.token_hex(12)}"))
+        # An upstream that refuses says by this id what.
+        turn.event_id = event.document["event_id"] = event.document.get("event_id") or f"event_{secrets.token_hex(12)}"
         turn.reach = self._conversation.asked() if event.plain else None
         if self.busy:
             self._cannot_tell()
@@ -169,18 +171,22 @@ class Session:
         be had, and StoreError."""
         deadline = asyncio.get_running_loop().time() + STORE_WAIT_S
         while True:
+            late = asyncio.get_running_loop().time() >= deadline
             size = self._conversation.input_size(own)
-            made = await reserve_turn(self._counter, self.exchange.config, self._identity, self._model, size)
-            if isinstance(made, Turn):
-                made.tally.take_rate(self._output_rate)
-                return made
-            if self.busy:
-                raise CreditsEnded
-            if made.failure.code != "credits_in_flight":
-                raise SessionOver(1008, made.failure)
-            if asyncio.get_running_loop().time() >= deadline:
-                raise SessionOver(1013, made.failure)
-            await asyncio.sleep(_IN_FLIGHT_PAUSE_S)  # another request of the account may end
+            try:
+                made = await reserve_turn(self._counter, self.exchange.config, self._identity, self._model, size)
+            except StoreError:
+                if late:
+                    raise
+            else:
+                if isinstance(made, Turn):
+                    made.tally.take_rate(self._output_rate)
+                    return made
+                if self.busy:
+                    raise CreditsEnded
+                if late or made.failure.code != "credits_in_flight":
+                    raise SessionOver(1013 if late else 1008, made.failure)
+            await asyncio.sleep(_PAUSE_S)  # the store may be back, or another request of the account have ended
 
     # --- from the upstream --------------------------------------------------------------------------------------
 
