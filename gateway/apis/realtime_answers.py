@@ -1,6 +1,7 @@
 """What the upstream says on the realtime websocket: output while it flows, and the usage at a response's end."""
 
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 
 import orjson
@@ -10,6 +11,8 @@ from gateway.config.model import CountOutput
 from gateway.domain.metered import Metered
 from gateway.upstream.count import OutputCount
 from gateway.upstream.usage import count
+
+_MOST_SECONDS = 10**6
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,4 +173,29 @@ def read_usage(response: dict[str, Any]) -> RealtimeUsage | None:
         fresh("image_tokens"),
         count(said, "audio_tokens") or 0,
         count(said, "reasoning_tokens") or 0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TranscriptUsage:
+    """What a transcription used, as the upstream says; None for what it does not say."""
+
+    audio_ms: int | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    audio_tokens: int = 0
+
+
+def read_transcript_usage(document: dict[str, Any]) -> TranscriptUsage:
+    """The ``usage`` of a transcription, which is told in tokens or in seconds."""
+    usage = part_of(document, "usage")
+    seconds = usage.get("seconds")
+    audio_ms = None
+    if isinstance(seconds, (int, float)) and 0 <= seconds < _MOST_SECONDS:
+        audio_ms = ceil(seconds * 1000)
+    return TranscriptUsage(
+        audio_ms,
+        count(usage, "input_tokens"),
+        count(usage, "output_tokens"),
+        count(part_of(usage, "input_token_details"), "audio_tokens") or 0,
     )

@@ -99,6 +99,16 @@ class Conversation:
         """The upstream has dealt with the audio up to there, and so with everything that was sent before it."""
         self._heard_ms = max(self._heard_ms, min(audio_end_ms, self._audio_ms))
 
+    @property
+    def audio_ms(self) -> int:
+        """How much audio was appended to the buffer."""
+        return self._audio_ms
+
+    @property
+    def reached_ms(self) -> int:
+        """How much of it the upstream has surely taken out of the buffer, once it has read what was sent by now."""
+        return max(self._committed_ms, self._heard_ms)
+
     def size_of(self, content: Content) -> Size:
         """Of one content, apart from the conversation."""
         audio_ms = duration_ms(content.audio_bytes, self._rate)
@@ -117,7 +127,7 @@ class Conversation:
 
     def asked(self) -> Reach:
         """What reaches a response that the client asks for now: all but what it has not committed."""
-        return Reach(self._numbers, max(self._committed_ms, self._heard_ms))
+        return Reach(self._numbers, self.reached_ms)
 
     def begun(self) -> Reach:
         """What has reached a response that the upstream began by itself."""

@@ -43,6 +43,7 @@ _SESSION_FIELDS = _SHARED_FIELDS | frozenset(
 _RESPONSE_FIELDS = _SHARED_FIELDS | frozenset("conversation input metadata".split())
 _AUDIO_FIELDS = frozenset({"input", "output"})
 _AUDIO_INPUT_FIELDS = frozenset({"format", "noise_reduction", "transcription", "turn_detection"})
+_TRANSCRIPTION_FIELDS = frozenset("model language languages prompt keywords delay".split())
 _AUDIO_OUTPUT_FIELDS = frozenset({"format", "voice", "speed"})
 # The keys of items that are text, or audio whose length is known. Whatever is not among them may stand for anything:
 # then the whole context window is held.
@@ -51,6 +52,8 @@ _ITEM_KEYS = {
     "function_call": frozenset("id object type status call_id name arguments".split()),
     "function_call_output": frozenset("id object type status call_id output".split()),
 }
+#: The field that names another model.
+TRANSCRIPTION = "session.audio.input.transcription"
 _TEXT_PARTS = ("input_text", "output_text", "text")
 
 
@@ -85,7 +88,9 @@ class ClientEvent:
 
     content: what it adds to the conversation; own: what a response.create adds to its response alone. plain: the
     response answers the conversation and nothing else. input_rate, output_rate: bytes of audio per second that it asks
-    for. answers_silence: it asks for responses that no event of the client comes before.
+    for. answers_silence: it asks for responses that no event of the client comes before. transcription: what it says of
+    the transcription of what is heard, as it stands in the document; None where nothing. transcribes: False where that
+    is to end.
     """
 
     kind: str
@@ -96,6 +101,8 @@ class ClientEvent:
     input_rate: int | None = None
     output_rate: int | None = None
     answers_silence: bool = False
+    transcription: dict[str, Any] | None = None
+    transcribes: bool = True
 
 
 def read_document(raw: str) -> dict[str, Any]:
@@ -150,8 +157,10 @@ def _read_session(document: dict[str, Any], model: str, allowed: Collection[str]
     session.pop("model", None)
     audio = mapping(session, "audio")
     given, made = _audio_of(audio, allowed)
-    _refuse_transcription(given.get("transcription"), "session.audio.input.transcription")
-    _refuse_transcription(session.get("input_audio_transcription"), "session.input_audio_transcription")
+    places = ((given, "transcription"), (session, "input_audio_transcription"))
+    said = [_transcription_of(place[name]) for place, name in places if name in place]
+    if len(said) > 1:
+        raise InvalidRequest("transcription can be said in one place only", "session.input_audio_transcription")
     detection = mapping(given, "turn_detection") or mapping(session, "turn_detection")
     return ClientEvent(
         document["type"],
@@ -160,6 +169,8 @@ def _read_session(document: dict[str, Any], model: str, allowed: Collection[str]
         input_rate=_rate(given.get("format") or session.get("input_audio_format"), "session.audio.input.format"),
         output_rate=_rate(made.get("format") or session.get("output_audio_format"), "session.audio.output.format"),
         answers_silence=detection.get("idle_timeout_ms") is not None,
+        transcription=said[0] if said else None,
+        transcribes=said != [None],
     )
 
 
@@ -199,9 +210,13 @@ def _audio_of(audio: dict[str, Any], allowed: Collection[str]) -> tuple[dict[str
     return given, made
 
 
-def _refuse_transcription(transcription: object, param: str) -> None:
-    if transcription is not None:
-        raise InvalidRequest("input transcription is not supported here: it runs another model, at its price", param)
+def _transcription_of(transcription: object) -> dict[str, Any] | None:
+    if transcription is None:
+        return None
+    if not isinstance(transcription, dict) or not isinstance(transcription.get("model"), str):
+        raise InvalidRequest("a transcription must name its 'model'", TRANSCRIPTION)
+    refuse_unknown(transcription, _TRANSCRIPTION_FIELDS, ())
+    return transcription
 
 
 def _rate(format_: object, param: str) -> int | None:
@@ -235,7 +250,7 @@ def _content_of(item: dict[str, Any]) -> Content:
     size = len(orjson.dumps(item))
     known = _ITEM_KEYS.get(kind, frozenset()) if isinstance(kind, str) else frozenset()
     plain = all(isinstance(item.get(name, ""), str) for name in ("output", "arguments"))
-    if not plain or not {name for name, value in item.items() if value is not None} <= known:
+    if not known or not plain or not {name for name, value in item.items() if value is not None} <= known:
         return Content(size, anything=True)
     if not isinstance(parts, list):
         return Content(size, anything=parts is not None and not isinstance(parts, str))

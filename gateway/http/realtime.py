@@ -21,7 +21,8 @@ from gateway.http.errors import Failure, funds_headers
 from gateway.http.exchange import Exchange, credit_headers
 from gateway.http.realtime_over import SessionOver, end_turns, over_of
 from gateway.http.realtime_session import Session
-from gateway.http.realtime_turn import Counter, NoTurn, Turn, reserve_turn
+from gateway.http.realtime_turn import Counter, NoTurn, Turn, reserve_turn, use_of
+from gateway.http.realtime_turns import Turns
 from gateway.http.reports import Reports
 from gateway.http.settling import Settling
 from gateway.telemetry.metrics import Metrics
@@ -73,7 +74,8 @@ class Realtime:
             return self._reports.fail(exchange, model)
         exchange.ask = Ask("realtime", model.name, None, stream=True)
         conversation = Conversation(model.context_window, model.template_tokens)
-        first = await reserve_turn(self._counter, exchange.config, exchange.identity, model, conversation.input_size())
+        use = use_of(model, exchange.config.upstreams[model.upstream], conversation.input_size())
+        first = await reserve_turn(self._counter, exchange.config, exchange.identity, model, use)
         if isinstance(first, NoTurn):
             exchange.decision = "denied"
             headers = funds_headers(first.funds) if first.funds else None
@@ -103,8 +105,9 @@ class Realtime:
         try:
             async with connect(upstream, path, request.headers, protocols) as socket:
                 client = await _accepted(exchange, request)
-                session = Session(self._counter, exchange, model, conversation, client, socket)
-                session.spare = first
+                turns = Turns(self._counter, exchange, model, conversation)
+                turns.spare = first
+                session = Session(exchange, model, conversation, turns, client, socket)
                 await self._run(session, upstream.idle_timeout_ms / 1000)
                 return client
         except UpstreamRefused as error:
@@ -165,8 +168,8 @@ class Realtime:
                     await self._closing.wait()
             except TimeoutError:
                 continue
-        async with session.lock:
-            await session.lock.wait_for(lambda: not session.busy)
+        async with session.turns.lock:
+            await session.turns.lock.wait_for(lambda: not session.turns.busy)
         raise SessionOver(1001, errors.session_ended("The gateway restarts; connect again."))
 
 

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from gateway.apis.realtime_answers import RealtimeUsage, part_of, read_server_event, read_usage
+from gateway.apis.realtime_answers import RealtimeUsage, TranscriptUsage, part_of, read_server_event, read_usage
 from gateway.credits.errors import StoreError, UnknownPlan
+from gateway.domain.decision import Funds
+from gateway.domain.metered import Metered
 from gateway.http import errors
 from gateway.http.errors import Failure, rfc3339
 from gateway.http.holding import CreditsEnded
@@ -15,6 +17,7 @@ from gateway.upstream.websocket import UpstreamClosed
 
 if TYPE_CHECKING:
     from gateway.http.realtime_session import Session
+    from gateway.http.realtime_turn import Turn
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +64,10 @@ def _of_credits(error: BaseException, session: "Session") -> SessionOver:
     number = session.exchange.id
     match error:
         case CreditsEnded():
-            return SessionOver(1008, errors.credits_ended(next(session.turns()).funds))
+            return SessionOver(1008, errors.credits_ended(_funds(session)))
         case StoreError():
             log.warning("%s: the session was cut: %s", number, error)
-            return SessionOver(1013, errors.store_lost(charged=session.busy))
+            return SessionOver(1013, errors.store_lost(charged=session.turns.busy))
         case UnknownPlan():
             return SessionOver(1013, errors.plan_not_configured(error.plan))
     log.error("%s failed", number, exc_info=error)
@@ -82,27 +85,43 @@ def _upstream_closed(closed: UpstreamClosed, number: str) -> SessionOver:
     return SessionOver(code, failure, closed.reason if not broken else "", charged=not broken)
 
 
+def _funds(session: "Session") -> Funds:
+    """The account's, as a turn knows them: credits that end were held by one."""
+    scribe = session.scribe
+    return next(turn for turn in (*session.turns.all(), scribe.turn if scribe else None) if turn is not None).funds
+
+
 async def end_turns(session: "Session", over: SessionOver) -> None:
     """Charge what was handed out, or give back what is held. Each turn ends here exactly once."""
+    turns, scribe = session.turns, session.scribe
     usages: dict[str, RealtimeUsage] = {}
-    numbers = {number for number, turn in session.open.items() if turn.handed_out}
+    numbers = {number for number, turn in turns.open.items() if turn.handed_out}
     if over.charged and numbers:
         try:
             async with asyncio.timeout(_CANCEL_S):
                 await _stop(session, numbers, usages)
         except (UpstreamClosed, TimeoutError) as error:
             log.info("%s: no usage of what was stopped: %s", session.exchange.id, error or "it takes too long")
-    for number, turn in list(session.open.items()):
-        if over.charged and turn.handed_out:
-            await turn.settle(turn.handed_out_billed(usages.get(number)), status=499)
-        else:
-            await turn.void()
-    session.open.clear()
-    while session.asked:
-        await session.asked.popleft().void()
-    if session.spare is not None:
-        spare, session.spare = session.spare, None
+    while turns.open:
+        number, turn = turns.open.popitem()
+        billed = turn.handed_out_billed(usages.get(number)) if turn.handed_out else None
+        await _end(turn, billed if over.charged else None)
+    if scribe is not None and scribe.turn is not None:
+        turn, scribe.turn = scribe.turn, None
+        billed = scribe.billed(turn, TranscriptUsage()) if turn.handed_out else None
+        await _end(turn, billed if over.charged else None)
+    while turns.asked:
+        await turns.asked.popleft().void()
+    if turns.spare is not None:
+        spare, turns.spare = turns.spare, None
         await spare.void()
+
+
+async def _end(turn: "Turn", billed: Metered | None) -> None:
+    if billed is None:
+        await turn.void()
+    else:
+        await turn.settle(billed, status=499)
 
 
 async def _stop(session: "Session", numbers: set[str], usages: dict[str, RealtimeUsage]) -> None:

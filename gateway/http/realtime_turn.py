@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 
 from gateway.apis.realtime_answers import OutputTally, RealtimeUsage
 from gateway.apis.realtime_conversation import Reach, Size
-from gateway.config.model import GatewayConfig
+from gateway.config.model import GatewayConfig, Upstream
 from gateway.credits.service import LEASE_MS, CreditEngine, Identity, Refused, Reservation, Seen
 from gateway.domain.decision import Denied, Funds
 from gateway.domain.forecast import OutputForecast
 from gateway.domain.metered import Metered
 from gateway.domain.model import Model
 from gateway.domain.plan import Plan
-from gateway.domain.request import MIN_OUTPUT_TOKENS, NO_UNITS, Ask, Bound
+from gateway.domain.request import MIN_OUTPUT_TOKENS, Ask, Bound
 from gateway.http import errors
 from gateway.http.errors import Failure
 from gateway.http.exchange import Exchange
@@ -48,14 +48,31 @@ class NoTurn:
     funds: Funds | None = None
 
 
-class Turn:
-    """One response that credits are held for. size: of its input; reach: how much of the conversation that is, if its
-    usage can tell. handed_out: whether the client got any of its output. event_id: of what asked for it."""
+@dataclass(frozen=True, slots=True)
+class Use:
+    """The most that a turn can use. audio_ms: of audio that is paid by its length. whole: all output is held for from
+    the start, because what the client sees says nothing about it."""
 
-    def __init__(self, counter: Counter, exchange: Exchange, model: Model, reservation: Reservation, size: Size):
+    size: Size
+    output_most: int
+    audio_ms: int = 0
+    whole: bool = False
+
+    def most_femto(self, model: Model, output_tokens: int) -> int:
+        """What it can cost by list price, with so much output."""
+        output = self.output_most if self.whole else min(self.output_most, output_tokens)
+        most = Metered(input=self.size.most, output=output, audio_ms=self.audio_ms, requests=1)
+        return model.prices.most_femto(most)
+
+
+class Turn:
+    """What credits are held for: a response, or a transcription. reach: how much of the conversation is its input, if
+    its usage can tell. handed_out: whether the client got any of its output. event_id: of what asked for it."""
+
+    def __init__(self, counter: Counter, exchange: Exchange, model: Model, reservation: Reservation, use: Use) -> None:
         upstream = exchange.config.upstreams[model.upstream]
         self.exchange = exchange
-        self.size = size
+        self.use = use
         self.reach: Reach | None = None
         self.event_id = ""
         self.handed_out = False
@@ -64,9 +81,7 @@ class Turn:
         self._counter = counter
         self._model = model
         self._reservation = reservation
-        most = output_most(model)
-        self._unseen = model.hidden_reasoning or upstream.count_output == "maximum"
-        self._hold = TurnHold(counter.engine, reservation, self._need, exchange.slice_tokens or most)
+        self._hold = TurnHold(counter.engine, reservation, self._need, exchange.slice_tokens or use.output_most)
 
     @property
     def funds(self) -> Funds:
@@ -84,9 +99,13 @@ class Turn:
 
     def begin(self, size: Size) -> None:
         """It is asked for, or has begun, with this input."""
-        self.size = size
+        self.resize(size)
         self.exchange.started = time.perf_counter()
         self._reservation.look = self._seen  # whatever is lost with this gateway is charged as far as this says
+
+    def resize(self, size: Size) -> None:
+        """Its input can be of this size by now."""
+        self.use = replace(self.use, size=size)
 
     def give_back(self) -> None:
         """What it was asked for did not come to anything; it may begin another time."""
@@ -101,19 +120,18 @@ class Turn:
 
     def usage_billed(self, usage: RealtimeUsage) -> Metered:
         """The tokens to charge for a usage."""
-        most = output_most(self._model)
-        if usage.input_tokens > self.size.most or usage.output_tokens > most:
+        if usage.input_tokens > self.use.size.most or usage.output_tokens > self.use.output_most:
             log.error("%s: %s reports %s, more than the bound", self.exchange.id, self._model.name, usage)
             self._counter.metrics.overrun(self._model.upstream)
-        return usage.billed(self.size.most, most)
+        return usage.billed(self.use.size.most, self.use.output_most)
 
     def handed_out_billed(self, usage: RealtimeUsage | None) -> Metered:
         """The tokens to charge for what was handed out of a response that got no further. usage: what the upstream says
         of it, if it has."""
-        seen = min(self._handed_tokens, output_most(self._model))
+        seen = min(self._handed_tokens, self.use.output_most)
         if usage is not None:
-            return usage.billed(self.size.most, seen)
-        return replace(self.size.estimated(), output=seen, audio_output=min(self._handed_audio, seen))
+            return usage.billed(self.use.size.most, seen)
+        return replace(self.use.size.estimated(), output=seen, audio_output=min(self._handed_audio, seen))
 
     def counted_billed(self) -> Metered:
         """The tokens to charge for a response that came to its end without a usage."""
@@ -144,55 +162,40 @@ class Turn:
         self._counter.forecast.add(self._model.name, self.tally.tokens)
 
     def _need(self, ahead_tokens: int) -> int:
-        most = output_most(self._model)
-        output = most if self._unseen else min(most, self.tally.tokens + ahead_tokens)
-        return need_femto(self._model, self.size, output)
+        return self.use.most_femto(self._model, self.tally.tokens + ahead_tokens)
 
     def _seen(self) -> Seen:
         metered = self.handed_out_billed(None) if self.handed_out else Metered()
         return Seen(self._model.prices.femto(metered), note_of(self.exchange, self._model, metered))
 
 
-def output_most(model: Model) -> int:
-    """The most output tokens of one response."""
-    return min(model.max_output_tokens, model.context_window)
-
-
-def need_femto(model: Model, size: Size, output_tokens: int) -> int:
-    """The most that a response can cost by list price."""
-    return model.prices.most_femto(Metered(input=size.most, output=output_tokens, requests=1))
+def use_of(model: Model, upstream: Upstream, size: Size) -> Use:
+    """What a response to an input of this size can use."""
+    whole = model.hidden_reasoning or upstream.count_output == "maximum"
+    return Use(size, min(model.max_output_tokens, model.context_window), whole=whole)
 
 
 async def reserve_turn(
-    counter: Counter, config: GatewayConfig, identity: Identity, model: Model, size: Size
+    counter: Counter, config: GatewayConfig, identity: Identity, model: Model, use: Use
 ) -> Turn | NoTurn:
-    """Hold for one response: its input, and a slice of output. Raises StoreError and UnknownPlan."""
+    """Hold for its input and a slice of its output, or for all. Raises StoreError and UnknownPlan."""
     exchange = Exchange(config, identity=identity, ask=Ask("realtime", model.name, None, stream=True))
     started = time.perf_counter()
-    most = output_most(model)
-    hidden = model.hidden_reasoning or config.upstreams[model.upstream].count_output == "maximum"
-    each = most if hidden else counter.forecast.expected(model.name, most)
-    least = need_femto(model, size, min(most, MIN_OUTPUT_TOKENS))
-    amount = need_femto(model, size, each)
+    each = use.output_most if use.whole else counter.forecast.expected(model.name, use.output_most)
     exchange.slice_tokens = each
+    least = use.most_femto(model, MIN_OUTPUT_TOKENS)
+    amount = use.most_femto(model, each)
     outcome = await counter.engine.reserve(
-        identity,
-        exchange.number,
-        model.name,
-        amount,
-        least if hidden else amount,
-        LEASE_MS,
-        alone_femto=least,
-        grows=each < most,
+        identity, exchange.number, model.name, amount, amount, LEASE_MS, alone_femto=least, grows=True
     )
     counter.reports.spent(exchange, "reserve", started)
     if isinstance(outcome, Reservation):
         exchange.reservation = outcome
         counter.reports.decide(exchange, "admitted", outcome.reserved.source, outcome.plan.name)
-        return Turn(counter, exchange, model, outcome, size)
+        return Turn(counter, exchange, model, outcome, use)
     if isinstance(outcome, Denied):
         name = outcome.funds.plan
-        bound = Bound(size.most, 1, most, units=NO_UNITS)
+        bound = Bound(use.size.most, 1, use.output_most, units=Metered(audio_ms=use.audio_ms, requests=1))
         failure = errors.denied(outcome, config.plans.get(name, Plan(name)), bound, model)
         counter.reports.decide(exchange, "denied", failure.code, name)
         return NoTurn(failure, outcome.funds)

@@ -53,6 +53,16 @@ def config_for(upstream: RealtimeUpstream, plans: dict[str, Any] | None = None) 
     prices = {f"{kind}_token_price": str(price) for kind, price in PRICES.items()}
     config = gateway_config(upstream.base_url, MODELS, plans=plans or {"prepaid": {"default": True}}, **prices)
     config["upstreams"]["test"]["api_key"] = UPSTREAM_KEY
+    config["models"]["models"]["by-the-second"] = {"upstream": "test", "second_price": "0.0001"}
+    config["models"]["models"]["by-the-token"] = {
+        "upstream": "test",
+        "upstream_model": "whisper-9",
+        "input_token_price": 2,
+        "audio_input_token_price": 6,
+        "output_token_price": 10,
+        "context_window": 4096,
+        "max_output_tokens": 2048,
+    }
     config["models"]["models"]["speech"] = {"upstream": "test", "character_price": 15}
     return config
 
@@ -275,6 +285,57 @@ async def test_what_the_upstream_hears_is_answered_by_itself_and_charged(bench: 
             second = await until(connection, "response.done")
         assert [cost_in(events[-1]) for events in (first, second)] == [cost_of(INPUT_TOKENS, 30)] * 2
         assert await account.spent() == 2 * cost_of(INPUT_TOKENS, 30)
+
+
+@pytest.mark.parametrize(
+    ("model", "usage", "cost"),
+    [
+        ("by-the-second", {"type": "duration", "seconds": 1.25}, "0.000125"),
+        ("by-the-second", {"type": "duration", "seconds": 10**9}, "0.0002"),  # what was sent: 2 s
+        ("by-the-second", None, "0.0002"),
+        (
+            "by-the-token",
+            {
+                "type": "tokens",
+                "input_tokens": 15,
+                "output_tokens": 4,
+                "total_tokens": 19,
+                "input_token_details": {"text_tokens": 3, "audio_tokens": 12},
+            },
+            "0.000118",  # 3 × 2 + 12 × 6 + 4 × 10
+        ),
+    ],
+)
+async def test_a_transcription_is_charged_at_the_prices_of_its_own_model(
+    bench: Bench, model: str, usage: Any, cost: str
+) -> None:
+    async with bench.account() as account:
+        async with account.session() as connection:
+            audio = {"input": {"transcription": {"model": model, "language": "en"}, "turn_detection": None}}
+            await connection.session.update(session={"type": "realtime", "audio": audio})  # type: ignore[typeddict-item]
+            await until(connection, "session.updated")
+            await say(connection, words=3, transcript=usage)
+            for _ in range(40):
+                await connection.input_audio_buffer.append(audio=SOUND)
+            await connection.input_audio_buffer.commit()
+            events = await until(connection, "conversation.item.input_audio_transcription.completed")
+            assert Decimal(events[-1].usage.credits["cost"]) == Decimal(cost)
+            await connection.response.create()
+            await until(connection, "response.done")
+        told = bench.upstream.told[-1].events[0]["session"]["audio"]["input"]["transcription"]
+        assert told["model"] == ("whisper-9" if model == "by-the-token" else model)
+        assert await account.spent() == Decimal(cost) + cost_of(INPUT_TOKENS, 3)
+
+
+async def test_a_transcript_that_was_shown_is_charged_though_its_client_left(bench: Bench) -> None:
+    async with bench.account() as account:
+        async with account.session() as connection:
+            audio = {"input": {"transcription": {"model": "by-the-second"}}}
+            await connection.session.update(session={"type": "realtime", "audio": audio})
+            await connection.input_audio_buffer.append(audio=SOUND)
+            await connection.input_audio_buffer.commit()
+            await until(connection, "conversation.item.input_audio_transcription.delta")
+        assert await account.spent() == Decimal("0.000005")
 
 
 async def test_responses_beside_each_other_are_each_held_for_and_charged(bench: Bench) -> None:

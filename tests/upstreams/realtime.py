@@ -41,7 +41,8 @@ class RealtimeUpstream(LocalUpstream):
     which of them it waits for ``go(name)``; break_at: before which the connection breaks; close_at: before which it is
     closed in an orderly way; done_only: without deltas. A response that is cancelled reports what it has said.
 
-    With ``server_vad`` each second of audio in the buffer is a turn of speech. refuse: the status of handshakes.
+    transcript: the usage of a transcript. With ``server_vad`` each second of audio in the buffer is a turn of speech.
+    refuse: the status of handshakes.
     """
 
     def __init__(self) -> None:
@@ -106,6 +107,9 @@ class _Session:
                     await self.say("conversation.item.added", item=event["item"], previous_item_id=None)
                 case "input_audio_buffer.append":
                     await self._hear(len(base64.b64decode(event["audio"])) * 1000 // 48_000)
+                case "input_audio_buffer.commit":
+                    await self.say("input_audio_buffer.committed", item_id="item_s", previous_item_id=None)
+                    await self._transcribe()
                 case "response.create":
                     await self._create(event)
                 case "response.cancel":
@@ -132,6 +136,13 @@ class _Session:
             self._plan = {}
         else:
             self._respond(event.get("response") or {})
+
+    async def _transcribe(self) -> None:
+        where = {"item_id": "item_s", "content_index": 0}
+        await self.say("conversation.item.input_audio_transcription.delta", **where, delta="hello")
+        if "transcript" in self._plan:
+            event = {**where, "transcript": "hello", "usage": self._plan["transcript"]}
+            await self.say("conversation.item.input_audio_transcription.completed", **event)
 
     def _respond(self, asked: dict[str, Any]) -> None:
         number = f"resp_{next(self._numbers)}"
