@@ -72,7 +72,7 @@ class Realtime:
             return self._reports.fail(exchange, errors.invalid_upgrade(error))
         if isinstance(model, Failure):
             return self._reports.fail(exchange, model)
-        exchange.ask = Ask("realtime", model.name, None, stream=True)
+        exchange.ask = Ask("realtime", model.name, None)
         conversation = Conversation(model.context_window, model.template_tokens)
         use = use_of(model, exchange.config.upstreams[model.upstream], conversation.input_size())
         first = await reserve_turn(self._counter, exchange.config, exchange.identity, model, use)

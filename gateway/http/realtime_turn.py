@@ -64,12 +64,18 @@ class Use:
         most = Metered(input=self.size.most, output=output, audio_ms=self.audio_ms, requests=1)
         return model.prices.most_femto(most)
 
+    def bound(self) -> Bound:
+        """The same as of any request."""
+        return Bound(self.size.most, 1, self.output_most, units=Metered(audio_ms=self.audio_ms, requests=1))
+
 
 class Turn:
     """What credits are held for: a response, or a transcription. reach: how much of the conversation is its input, if
     its usage can tell. handed_out: whether the client got any of its output. event_id: of what asked for it."""
 
-    def __init__(self, counter: Counter, exchange: Exchange, model: Model, reservation: Reservation, use: Use) -> None:
+    def __init__(
+        self, counter: Counter, exchange: Exchange, model: Model, reservation: Reservation, use: Use, slice_tokens: int
+    ) -> None:
         upstream = exchange.config.upstreams[model.upstream]
         self.exchange = exchange
         self.use = use
@@ -81,7 +87,7 @@ class Turn:
         self._counter = counter
         self._model = model
         self._reservation = reservation
-        self._hold = TurnHold(counter.engine, reservation, self._need, exchange.slice_tokens or use.output_most)
+        self._hold = TurnHold(counter.engine, reservation, self._need, slice_tokens)
 
     @property
     def funds(self) -> Funds:
@@ -142,7 +148,7 @@ class Turn:
         """Charge it. Raises only what cancels."""
         self._end(status)
         try:
-            await self._counter.settling.charge(self.exchange, self._model, metered)
+            await self._counter.settling.charge(self.exchange, self._model, self.use.bound(), metered)
         finally:
             self._counter.reports.finished(self.exchange)
 
@@ -179,10 +185,9 @@ async def reserve_turn(
     counter: Counter, config: GatewayConfig, identity: Identity, model: Model, use: Use
 ) -> Turn | NoTurn:
     """Hold for its input and a slice of its output, or for all. Raises StoreError and UnknownPlan."""
-    exchange = Exchange(config, identity=identity, ask=Ask("realtime", model.name, None, stream=True))
+    exchange = Exchange(config, identity=identity, ask=Ask("realtime", model.name, None), answering=model)
     started = time.perf_counter()
     each = use.output_most if use.whole else counter.forecast.expected(model.name, use.output_most)
-    exchange.slice_tokens = each
     least = use.most_femto(model, MIN_OUTPUT_TOKENS)
     amount = use.most_femto(model, each)
     outcome = await counter.engine.reserve(
@@ -192,11 +197,10 @@ async def reserve_turn(
     if isinstance(outcome, Reservation):
         exchange.reservation = outcome
         counter.reports.decide(exchange, "admitted", outcome.reserved.source, outcome.plan.name)
-        return Turn(counter, exchange, model, outcome, use)
+        return Turn(counter, exchange, model, outcome, use, each)
     if isinstance(outcome, Denied):
         name = outcome.funds.plan
-        bound = Bound(use.size.most, 1, use.output_most, units=Metered(audio_ms=use.audio_ms, requests=1))
-        failure = errors.denied(outcome, config.plans.get(name, Plan(name)), bound, model)
+        failure = errors.denied(outcome, config.plans.get(name, Plan(name)), use.bound(), model)
         counter.reports.decide(exchange, "denied", failure.code, name)
         return NoTurn(failure, outcome.funds)
     assert isinstance(outcome, Refused), "no turn has an idempotency key"

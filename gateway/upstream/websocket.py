@@ -86,7 +86,7 @@ async def connect(
         async def open_socket() -> "aiohttp.ClientWebSocketResponse[bool]":
             return await session.ws_connect(
                 upstream.base_url + path,
-                headers=headers_for(upstream, headers, has_body=False),
+                headers=headers_for(upstream, headers, None),
                 protocols=subprotocols,
                 timeout=aiohttp.ClientWSTimeout(ws_close=_CLOSE_S),
                 heartbeat=HEARTBEAT_S,
