@@ -38,7 +38,8 @@ _BETA_PROTOCOL = "openai-beta."
 _REFUSED_PARAMETERS = ("call_id", "intent")
 #: The longest session.
 SESSION_S = 3600.0
-_CLOSE_S = 2.0
+# How long a client may take to answer that its session is over. Where the gateway stops, it is not heard any more.
+_CLOSE_S = 0.5
 
 
 class Realtime:
@@ -147,7 +148,7 @@ class Realtime:
         if session.client.closed:
             return
         try:
-            async with asyncio.timeout(_CLOSE_S):
+            async with asyncio.timeout(2 * _CLOSE_S):
                 if over.failure is not None:
                     await session.tell(over.failure)
                 await session.client.close(code=over.code, message=over.reason.encode())

@@ -13,8 +13,10 @@ log = logging.getLogger(__name__)
 
 #: Between two tries to get more ahead of time, while there is nothing to be had.
 _PAUSE_S = 1.0
-#: Between two tries of one who waits for a store that does not answer.
-_STORE_PAUSE_S = 0.15
+#: Between two tries of one who waits.
+_WAIT_PAUSE_S = 0.15
+#: How long one who has used up its hold waits for other requests of the account to end. A listener does not notice.
+_OTHERS_WAIT_S = 2.0
 
 
 class TurnHold:
@@ -33,23 +35,27 @@ class TurnHold:
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
-    async def cover(self) -> None:
+    async def cover(self, *, patient: bool) -> None:
         """Wait until everything that was used is held for; where less than half a slice is left, ask for more without
-        waiting. Raises CreditsEnded where there is no more, StoreError where the store has not said so in time."""
+        waiting. patient: also for other requests of the account, which may end. Raises CreditsEnded where there is no
+        more, StoreError where the store has not said so in time."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + STORE_WAIT_S
+        began = loop.time()
         while self._held < self._need(0):
-            await self._wait_for(self._task, deadline)  # it may have asked for too little
+            await self._wait_for(self._task, began + STORE_WAIT_S)  # it may have asked for too little
             if self._held >= self._need(0):
                 break
             before = self._held
-            await self._wait_for(self._start(), deadline)
-            if self._closed or (self._error is None and self._held <= before):
+            await self._wait_for(self._start(), began + STORE_WAIT_S)
+            if self._held > before:
+                continue
+            waited_s = loop.time() + _WAIT_PAUSE_S - began
+            if self._error is not None and waited_s >= STORE_WAIT_S:
+                raise self._error
+            patience_s = _OTHERS_WAIT_S if patient and self._others_hold else 0.0
+            if self._error is None and (self._closed or waited_s >= patience_s):
                 raise CreditsEnded
-            if self._error is not None:
-                if loop.time() + _STORE_PAUSE_S >= deadline:
-                    raise self._error
-                await asyncio.sleep(_STORE_PAUSE_S)
+            await asyncio.sleep(_WAIT_PAUSE_S)
         if self._held < self._need(self._slice // 2) and self._task is None and loop.time() >= self._not_before:
             self._start()
 
@@ -62,6 +68,11 @@ class TurnHold:
     @property
     def _held(self) -> int:
         return self._reservation.reserved.payg_nano * FEMTO_PER_NANO
+
+    @property
+    def _others_hold(self) -> bool:
+        held = self._reservation.reserved
+        return held.funds.held_nano + held.funds.balance_held_nano > held.held_nano
 
     async def _wait_for(self, task: "asyncio.Task[None] | None", deadline: float) -> None:
         if task is None:

@@ -43,7 +43,7 @@ class Scribe:
                 use = self._use()
                 self.turn = self.turn or await self._turns.reserve(self.model, use)
                 self.turn.use = use
-                await self.turn.cover()
+                await self.turn.cover(patient=not self._turns.busy)
             except CreditsEnded:
                 if not self._turns.busy:
                     raise

@@ -99,9 +99,10 @@ class Turn:
         """What is held."""
         return self._reservation
 
-    async def cover(self) -> None:
-        """Wait until what it has used by now is held for. Raises CreditsEnded and StoreError."""
-        await self._hold.cover()
+    async def cover(self, *, patient: bool) -> None:
+        """Wait until what it has used by now is held for; patient: also for other requests of the account, which may
+        end. Raises CreditsEnded and StoreError."""
+        await self._hold.cover(patient=patient)
 
     def begin(self, size: Size) -> None:
         """It is asked for, or has begun, with this input."""

@@ -73,7 +73,7 @@ class Turns:
                 turn = self.spare or await self.reserve(self._model, use_of(self._model, self._upstream, size))
                 self.spare = turn
                 turn.resize(size)
-                await turn.cover()
+                await turn.cover(patient=not self.busy)
             except CreditsEnded:
                 if not self.busy:
                     raise
@@ -123,10 +123,12 @@ class Turns:
         if len(self.open) >= 2 * _MOST_RESPONSES:
             raise UpstreamClosed(1006, "it runs too many responses at once")
         alone = not self.open and len(self.asked) <= 1
+        size = self._conversation.input_size()
         if self.asked:
             turn = self.asked.popleft()
+            # It may be one that the upstream began by itself, which has heard more than the one that was asked for.
+            turn.resize(max(size, turn.use.size, key=lambda one: one.most))
         else:
-            size = self._conversation.input_size()
             turn = self.spare or await self.reserve(self._model, use_of(self._model, self._upstream, size))
             self.spare = None
             turn.begin(size)
@@ -134,7 +136,7 @@ class Turns:
         self.open[number] = turn
         if not alone:
             self._cannot_tell()
-        await turn.cover()
+        await turn.cover(patient=self._alone)
         return turn
 
     async def flow(self, event: ServerEvent) -> None:
@@ -142,7 +144,7 @@ class Turns:
         turn = await self.begun(self._number_of(event))
         if not (event.repeats and turn.tally.tokens):
             turn.tally.add(event)
-        await turn.cover()
+        await turn.cover(patient=self._alone)
         turn.hand_out()
 
     async def done(self, event: ServerEvent, response: dict[str, Any]) -> Settlement | None:
@@ -175,6 +177,11 @@ class Turns:
             else:
                 await turn.void()
             self.lock.notify_all()
+
+    @property
+    def _alone(self) -> bool:
+        """Whether no other response of the session is to go on meanwhile."""
+        return len(self.asked) + len(self.open) <= 1
 
     def _number_of(self, event: ServerEvent) -> str:
         """The id of the event's response; where it does not say so, of the one that is open."""

@@ -53,6 +53,8 @@ def config_for(upstream: RealtimeUpstream, plans: dict[str, Any] | None = None) 
     prices = {f"{kind}_token_price": str(price) for kind, price in PRICES.items()}
     config = gateway_config(upstream.base_url, MODELS, plans=plans or {"prepaid": {"default": True}}, **prices)
     config["upstreams"]["test"]["api_key"] = UPSTREAM_KEY
+    config["upstreams"]["impatient"] = {"base_url": upstream.base_url, "idle_timeout": "1s"}
+    config["models"]["models"]["impatient"] = {**config["models"]["models"]["speaker"], "upstream": "impatient"}
     config["models"]["models"]["by-the-second"] = {"upstream": "test", "second_price": "0.0001"}
     config["models"]["models"]["by-the-token"] = {
         "upstream": "test",
@@ -485,6 +487,17 @@ async def test_an_upstream_that_is_away_is_told_before_the_upgrade(tmp_path: Pat
             assert await account.spent() == 0
 
 
+async def test_an_upstream_that_does_not_answer_the_handshake_is_told(bench: Bench) -> None:
+    async with bench.account() as account:
+        bench.upstream.silent = True
+        try:
+            status, error = await refused(bench, account.key, "?model=impatient")
+        finally:
+            bench.upstream.silent = False
+        assert (status, error["code"]) == (504, "upstream_timeout")
+        assert await account.spent() == 0
+
+
 # --- events that are refused -----------------------------------------------------------------------------------------
 
 _SESSION = {"type": "session.update"}
@@ -638,11 +651,41 @@ async def test_a_gateway_that_must_end_at_once_charges_what_was_handed_out(tmp_p
                     for _ in range(11):
                         await connection.recv()
                     gateway.process.send_signal(signal.SIGTERM)
-                    gateway.process.send_signal(signal.SIGTERM)
+                    while "stopping" not in gateway.stderr:
+                        await asyncio.sleep(0.02)
+                    gateway.process.send_signal(signal.SIGTERM)  # a second one at the same time would not be seen
                     _, code, _ = await closed(connection)
                     assert code == 1001
                 assert await asyncio.to_thread(gateway.wait) == 0
                 assert await account.spent() == cost_of(INPUT_TOKENS, 10)
+
+
+async def test_a_session_in_which_nothing_moves_ends(bench: Bench) -> None:
+    async with bench.account() as account:
+        async with account.session("impatient") as connection:
+            events, code, reason = await closed(connection)
+        assert (events[-1].error.code, code, reason.partition(":")[0]) == ("session_expired", 1001, "session_expired")
+        assert await account.spent() == 0
+
+
+async def test_sessions_beside_each_other_spend_no_more_than_there_is(bench: Bench) -> None:
+    async with bench.account(held_for(4 * (TEMPLATE_TOKENS + 200), 2500)) as account:
+
+        async def talk() -> Decimal:
+            paid = Decimal(0)
+            try:
+                async with account.session("speaker-3") as connection:
+                    for _ in range(3):
+                        paid += cost_in((await respond(connection, words=900))[-1])
+            except InvalidStatus as refusal:
+                assert refusal.response.status_code in (402, 429)
+            except (AssertionError, ConnectionClosed):
+                pass  # the session was ended, which the event before said
+            return paid
+
+        paid = sum(await asyncio.gather(*(talk() for _ in range(10))))
+        assert 0 < paid <= await account.spent() <= account.grant
+        assert "wrote off" not in bench.gateway.stderr
 
 
 async def test_a_store_that_goes_away_ends_the_session_once_its_hold_is_used_up(bench: Bench) -> None:

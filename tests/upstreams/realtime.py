@@ -42,13 +42,15 @@ class RealtimeUpstream(LocalUpstream):
     closed in an orderly way; done_only: without deltas. A response that is cancelled reports what it has said.
 
     transcript: the usage of a transcript. With ``server_vad`` each second of audio in the buffer is a turn of speech.
-    refuse: the status of handshakes.
+    refuse: the status of handshakes; silent: they
+    are not answered.
     """
 
     def __init__(self) -> None:
         super().__init__(web.get("/v1/realtime", self._serve))
         self.told: list[Told] = []
         self.refuse: int | None = None
+        self.silent = False
         self._gates: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
 
     def go(self, name: str) -> None:
@@ -56,6 +58,8 @@ class RealtimeUpstream(LocalUpstream):
         self._gates[name].set()
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
+        if self.silent:
+            await asyncio.Event().wait()
         if self.refuse:
             error = {"message": "not here", "type": "invalid_request_error", "code": "refused"}
             return web.json_response({"error": error}, status=self.refuse, headers={"Retry-After": "7"})
