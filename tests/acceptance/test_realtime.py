@@ -131,6 +131,7 @@ async def bench(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Bench
         data_dir = tmp_path_factory.mktemp("realtime") / "data"
         with running_gateway(config_for(upstream), data_dir=data_dir) as gateway:
             yield Bench(gateway, upstream)
+            assert "Traceback" not in gateway.stderr
 
 
 async def say(connection: AsyncRealtimeConnection, **plan: Any) -> None:
@@ -596,6 +597,39 @@ async def test_a_client_that_breaks_off_pays_for_what_it_got(bench: Bench) -> No
             await connection.recv()
         connection._connection.transport.abort()
         assert await account.spent() == cost_of(INPUT_TOKENS, 50)
+
+
+async def test_whenever_a_client_breaks_off_nothing_stays_held(bench: Bench) -> None:
+    async with bench.account() as account:
+
+        async def break_off_after(events: int) -> None:
+            async with account.session("speaker-4") as connection:
+                item = _message({"type": "input_text", "text": json.dumps({"words": 3})})
+                for _ in range(3):
+                    await connection.send({"type": "conversation.item.create", "item": item})
+                    await connection.response.create()
+                for _ in range(events):
+                    await connection.recv()
+                connection._connection.transport.abort()
+
+        for events in range(22):
+            await break_off_after(events)
+        # A hold that nobody ended would last a minute.
+        assert 0 < await account.spent() <= 22 * 3 * cost_of(INPUT_TOKENS, 3)
+
+
+async def test_a_client_that_leaves_during_the_handshake_holds_nothing(bench: Bench) -> None:
+    async with bench.account() as account:
+        bench.upstream.silent = True
+        try:
+            handshake = asyncio.ensure_future(refused(bench, account.key, "?model=speaker"))
+            async with asyncio.timeout(SECONDS):
+                while not account.funds.balance_held:
+                    await asyncio.sleep(0.02)
+            handshake.cancel()
+            assert await account.spent() == 0
+        finally:
+            bench.upstream.silent = False
 
 
 async def test_a_response_that_breaks_at_the_upstream_costs_nothing(bench: Bench) -> None:
