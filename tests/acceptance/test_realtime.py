@@ -20,6 +20,7 @@ import pytest
 import pytest_asyncio
 from openai import AsyncOpenAI
 from openai.resources.realtime.realtime import AsyncRealtimeConnection
+from prometheus_client.parser import text_string_to_metric_families
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from tests.acceptance.conftest import NOON, TEMPLATE_TOKENS, Funds, funds_of, hanging_store, new_account
@@ -213,6 +214,26 @@ async def test_each_response_of_a_session_is_charged_by_itself(bench: Bench) -> 
         assert await account.spent() == sum(costs)
         entries = bench.gateway.cli("ledger", "tail", account.name)["data"]
         assert sum(entry["kind"] == "settle" for entry in entries) == 3
+        # Each is a request of its own in the log, too, and the session one more.
+        lines = [json.loads(line) for line in bench.gateway.stderr.splitlines()]
+        told = [line for line in lines if line.get("account") == account.name]
+        assert [line["status"] for line in told] == [200, 200, 200, 101]
+        assert [Decimal(line["cost"]) for line in told[:3]] == costs
+
+
+async def test_responses_are_in_the_metrics_of_their_model(bench: Bench) -> None:
+    async with bench.account() as account, account.session("speaker-5") as connection:
+        await respond(connection, words=7)
+    async with aiohttp.ClientSession() as session, session.get(f"{bench.gateway.admin_url}/metrics") as answer:
+        families = text_string_to_metric_families(await answer.text())
+    labels = {"gen_ai_request_model": "speaker-5", "gen_ai_operation_name": "realtime", "gen_ai_token_type": "output"}
+    sums = [
+        sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == "gen_ai_client_token_usage_sum" and labels.items() <= sample.labels.items()
+    ]
+    assert sums == [7]
 
 
 async def test_what_is_held_for_the_next_response_follows_what_the_last_one_told(bench: Bench) -> None:
@@ -240,8 +261,11 @@ async def test_what_is_held_for_the_next_response_follows_what_the_last_one_told
 
 async def test_a_session_that_says_nothing_costs_nothing(bench: Bench) -> None:
     async with bench.account() as account:
-        async with account.session():
-            pass
+        async with account.session() as connection:
+            response = connection._connection.response
+            assert response is not None
+            assert response.headers["x-request-id"].startswith("req_")
+            assert Decimal(response.headers["x-credits-reserved"]) == account.funds.balance_held > 0
         assert await account.spent() == 0
 
 
@@ -736,6 +760,19 @@ async def test_a_store_that_goes_away_ends_the_session_once_its_hold_is_used_up(
         assert (code, reason.partition(":")[0]) == (1013, "quota_store_unavailable")
         words = 100 + sum(event.type == "response.output_text.delta" for event in events)
         assert await account.spent() == cost_of(INPUT_TOKENS, words)
+
+
+async def test_what_the_store_cannot_take_now_is_charged_later_and_once(bench: Bench) -> None:
+    async with bench.account() as account:
+        async with account.session("speaker-6") as connection:
+            await say(connection, words=20, pause_at=10, name=account.name)
+            await connection.response.create()
+            await until(connection, "response.output_text.delta")
+            with hanging_store(bench.gateway):
+                bench.upstream.go(account.name)
+                done = (await until(connection, "response.done"))[-1]
+                assert "cost" not in done.response.usage.model_extra
+        assert await account.spent() == cost_of(INPUT_TOKENS, 20)
 
 
 async def test_a_killed_gateways_sessions_are_charged_as_far_as_was_seen(tmp_path: Path) -> None:
