@@ -5,6 +5,7 @@ them: they sleep on Retry-After (some without limit), repeat 429 and 5xx unless 
 send 402 exactly once.
 """
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -462,3 +463,74 @@ def funds_headers(funds: Funds) -> dict[str, str]:
     if funds.resets_at_ms is not None:
         headers["x-credits-allowance-resets-at"] = rfc3339(funds.resets_at_ms)
     return headers
+
+
+def upgrade_required() -> Failure:
+    """A plain request where only a websocket makes sense."""
+    return Failure(
+        426,
+        "invalid_request_error",
+        "upgrade_required",
+        "This endpoint is a websocket: ask for it with 'Upgrade: websocket'.",
+        headers={"Upgrade": "websocket", "Connection": "Upgrade", **_NO_RETRY},
+    )
+
+
+def invalid_upgrade(error: InvalidRequest) -> Failure:
+    """A websocket is asked for in a way that cannot be served."""
+    return Failure(
+        400, "invalid_request_error", "invalid_request", f"Invalid request: {error}.", error.param, headers=_NO_RETRY
+    )
+
+
+def invalid_event(code: str, message: str, param: str | None = None) -> Failure:
+    """An event on a websocket that is not forwarded."""
+    return Failure(400, "invalid_request_error", code, f"The event is refused: {message}.", param)
+
+
+def upstream_refused(status: int, headers: Mapping[str, str], body: bytes) -> Failure:
+    """The upstream's own answer to a handshake, mapped as that to any request."""
+    if status in (401, 402, 403):  # about the operator's key or credits, not the customer's
+        return upstream_auth()
+    if status < 400:
+        return upstream_unavailable()
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        document = None
+    error = document.get("error") if isinstance(document, dict) else None
+    retry = headers.get("Retry-After", "")
+    retry_headers = {"Retry-After": str(min(int(retry), 60))} if retry.isascii() and retry.isdigit() else {}
+    return replace(upstream_error(status, error if isinstance(error, dict) else {}), headers=retry_headers)
+
+
+def credits_ended(funds: Funds) -> Failure:
+    """An answer cannot go on: what it has used up by then is charged."""
+    ended = quota_ended(funds)
+    resets_at_ms = funds.resets_at_ms
+    return Failure(
+        429,
+        "insufficient_quota",
+        "insufficient_quota",
+        str(ended["message"]),
+        resets_at=None if resets_at_ms is None else -(-resets_at_ms // 1000),
+    )
+
+
+def realtime_event(failure: Failure, client_event_id: object = None) -> dict[str, object]:
+    """The same as an event of the realtime websocket. client_event_id: that of the event which it is about."""
+    error: dict[str, object] = {
+        "type": failure.type,
+        "code": failure.code,
+        "message": failure.message,
+        "param": failure.param,
+        "event_id": client_event_id if isinstance(client_event_id, str) else None,
+    }
+    if failure.resets_at is not None:
+        error["resets_at"] = failure.resets_at
+    return {"type": "error", "event_id": f"event_{secrets.token_hex(12)}", "error": error}
+
+
+def session_ended(message: str) -> Failure:
+    """A session on a websocket that ends without anybody's fault."""
+    return Failure(408, "invalid_request_error", "session_expired", message)

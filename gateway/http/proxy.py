@@ -35,6 +35,7 @@ from gateway.http.models import ModelsList
 from gateway.http.multipart import read_form
 from gateway.http.passthrough import UnreadBody, priced_path, unread_quote
 from gateway.http.quote import Quote, invite, read_body, read_form_quote, read_free, read_quote, repeat_key
+from gateway.http.realtime import Realtime
 from gateway.http.relay import StreamRelay, write
 from gateway.http.reports import Reports
 from gateway.http.settling import Settling
@@ -44,6 +45,7 @@ from gateway.upstream.client import UpstreamClient, UpstreamError
 log = logging.getLogger(__name__)
 
 _PREFIXES = ("/v1", "/api/v1")
+_REALTIME_PATHS = frozenset(f"{prefix}/realtime" for prefix in _PREFIXES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class Proxy:
         self._forecast = OutputForecast()
         settling = Settling(engine, self._reports)
         relay = StreamRelay(engine, settling, self._reports, self._forecast)
+        self._realtime = Realtime(engine, metrics, self._reports, settling)
         self._forwarding = Forwarding(client, metrics, self._reports, settling, relay)
         self._active: set[asyncio.Task[object]] = set()
 
@@ -92,7 +95,7 @@ class Proxy:
 
     async def _answer(self, exchange: Exchange, request: web.BaseRequest) -> web.StreamResponse:
         try:
-            response = greeting(request) or await self._route(exchange, request)
+            response = greeting(request) or await self._serve(exchange, request)
             exchange.status = response.status
             return response
         except Exception as error:
@@ -103,6 +106,7 @@ class Proxy:
     async def drain(self, timeout_s: float, hurry: asyncio.Event, settle_s: float) -> None:
         """Let the requests in flight end, for timeout_s or until hurry is set; then cut them, and give what they were
         sent settle_s to be charged."""
+        self._realtime.close()
         hurried = asyncio.ensure_future(hurry.wait())
         deadline = time.monotonic() + timeout_s
         while self._active and not hurried.done() and (left_s := deadline - time.monotonic()) > 0:
@@ -146,6 +150,11 @@ class Proxy:
         if request.transport is not None:
             request.transport.close()
         return response
+
+    async def _serve(self, exchange: Exchange, request: web.BaseRequest) -> web.StreamResponse:
+        if request.method == "GET" and request.path in _REALTIME_PATHS:
+            return await self._realtime.serve(exchange, request, _secret_of(request.headers))
+        return await self._route(exchange, request)
 
     async def _route(self, exchange: Exchange, request: web.BaseRequest) -> web.StreamResponse:
         path = next((request.path[len(p) :] for p in _PREFIXES if request.path.startswith(p + "/")), "")

@@ -74,7 +74,7 @@ class UpstreamAnswer:
         """The body as it arrives. Raises UpstreamError."""
         content = self._response.content
         while True:
-            with _mapped_errors():
+            with mapped_errors():
                 chunk = await content.readany()
             if not chunk:
                 return
@@ -126,12 +126,12 @@ class UpstreamClient:
                 method,
                 upstream.base_url + path,
                 data=body.chunks() if isinstance(body, Upload) else body,
-                headers=_headers_for(upstream, headers, body),
+                headers=headers_for(upstream, headers, body),
                 timeout=timeout,
                 allow_redirects=False,
             )
 
-        with _mapped_errors():
+        with mapped_errors():
             try:
                 response = await request()
             except aiohttp.ClientConnectorError:
@@ -144,7 +144,8 @@ class UpstreamClient:
             response.release() if response.content.is_eof() else response.close()
 
 
-def _headers_for(upstream: Upstream, headers: Mapping[str, str], body: bytes | Upload | None) -> CIMultiDict[str]:
+def headers_for(upstream: Upstream, headers: Mapping[str, str], body: bytes | Upload | None) -> CIMultiDict[str]:
+    """What an upstream is told: of the customer's headers those that may pass, and the gateway's own key."""
     chosen = CIMultiDict(
         (name, value)
         for name, value in headers.items()
@@ -168,7 +169,7 @@ def _headers_for(upstream: Upstream, headers: Mapping[str, str], body: bytes | U
 
 
 @contextmanager
-def _mapped_errors() -> Iterator[None]:
+def mapped_errors() -> Iterator[None]:
     """aiohttp's errors in this module's words."""
     try:
         yield
