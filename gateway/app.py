@@ -81,7 +81,7 @@ async def serve(config: GatewayConfig, read: Callable[[], GatewayConfig]) -> Non
         log.info("stopping: requests in flight have %d s; a second signal cuts them", DRAIN_S)
         for site in list(data.sites):
             await site.stop()
-        server.pre_shutdown()
+        # Connections stay open meanwhile: aiohttp closes none in which a body is still on its way without losing that.
         await proxy.drain(DRAIN_S, hurry, SETTLE_S)
 
 

@@ -54,7 +54,7 @@ def welcome(config: GatewayConfig, address: Address, admin: Address, secret: str
     if config.demo:
         lines += [
             f"DEMO MODEL: no upstream has a key ({', '.join(config.upstreams)}), so a small built-in model answers, at",
-            "the same prices. Give an upstream its api_key to serve real models; the configuration that ships takes it\n"
+            "the same prices. Give an upstream its api_key to serve real models; the configuration that ships takes it",
             "from IONET_API_KEY.",
             "",
         ]

@@ -73,6 +73,7 @@ class Proxy:
         self._realtime = Realtime(engine, metrics, self._reports, settling)
         self._forwarding = Forwarding(client, metrics, self._reports, settling, relay)
         self._active: set[asyncio.Task[object]] = set()
+        self._draining = False
 
     def use(self, config: GatewayConfig) -> None:
         """Answer new requests by config; those in flight keep the one that they began with."""
@@ -88,6 +89,8 @@ class Proxy:
         try:
             response = await self._answer(exchange, request)
             let_page_read(exchange, response)
+            if self._draining and not response.prepared:
+                response.force_close()  # the client's next request is for another gateway
             return response
         finally:
             self._active.discard(task)
@@ -95,7 +98,7 @@ class Proxy:
 
     async def _answer(self, exchange: Exchange, request: web.BaseRequest) -> web.StreamResponse:
         try:
-            response = greeting(request) or await self._serve(exchange, request)
+            response = greeting(request) or await self._route(exchange, request)
             exchange.status = response.status
             return response
         except Exception as error:
@@ -106,6 +109,7 @@ class Proxy:
     async def drain(self, timeout_s: float, hurry: asyncio.Event, settle_s: float) -> None:
         """Let the requests in flight end, for timeout_s or until hurry is set; then cut them, and give what they were
         sent settle_s to be charged."""
+        self._draining = True
         self._realtime.close()
         hurried = asyncio.ensure_future(hurry.wait())
         deadline = time.monotonic() + timeout_s
@@ -151,12 +155,9 @@ class Proxy:
             request.transport.close()
         return response
 
-    async def _serve(self, exchange: Exchange, request: web.BaseRequest) -> web.StreamResponse:
+    async def _route(self, exchange: Exchange, request: web.BaseRequest) -> web.StreamResponse:
         if request.method == "GET" and request.path in _REALTIME_PATHS:
             return await self._realtime.serve(exchange, request, _secret_of(request.headers))
-        return await self._route(exchange, request)
-
-    async def _route(self, exchange: Exchange, request: web.BaseRequest) -> web.StreamResponse:
         path = next((request.path[len(p) :] for p in _PREFIXES if request.path.startswith(p + "/")), "")
         endpoint = self._endpoint(exchange, request, path)
         if endpoint is None:

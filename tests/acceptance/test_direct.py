@@ -110,6 +110,12 @@ CASES = [
     Case("transcript-stream", "/audio/transcriptions", form={"file": recording(), "stream": "true"}),
     Case("translation", "/audio/translations", form={"file": recording()}),
 ]
+#: What a server says last to an event.
+LAST_OF = {
+    "session.update": "session.updated",
+    "conversation.item.create": "conversation.item.done",
+    "response.create": "response.done",
+}
 ON_LLAMA = [case for case in CASES if case.path in ("/chat/completions", "/completions")]
 
 
@@ -162,6 +168,42 @@ async def test_a_real_server_says_the_same_through_the_gateway(
     # What it kept of an earlier prompt would be told, and nothing may be left to chance.
     steady = {**case.body, "cache_prompt": False, "temperature": 0, "seed": 7}
     await assert_same(real, session, Case(case.name, case.path, steady))
+
+
+@pytest.mark.parametrize("modality", ["text", "audio"])
+async def test_a_talk_goes_the_same_through_the_gateway(
+    demo: Pair, session: aiohttp.ClientSession, modality: str
+) -> None:
+    direct = await talk(session, demo.direct, "none", demo.model, modality)
+    through = await talk(session, demo.gateway.base_url, str(demo.gateway.key), demo.model, modality)
+    assert len(direct) > 20
+    assert [without_cost(b"data:" + event) for event in through] == [without_cost(b"data:" + event) for event in direct]
+
+
+async def talk(session: aiohttp.ClientSession, base_url: str, key: str, model: str, modality: str) -> list[bytes]:
+    """All that a server says in two turns."""
+    said = []
+    headers = {"Authorization": f"Bearer {key}"}
+    item = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "How are you?"}]}
+    turns: list[dict[str, Any]] = [
+        {"type": "session.update", "session": {"type": "realtime", "output_modalities": [modality]}},
+        {"type": "conversation.item.create", "item": item},
+        {"type": "response.create"},
+        {"type": "conversation.item.create", "item": item},
+        {"type": "response.create"},
+    ]
+    async with session.ws_connect(f"{base_url}/realtime?model={model}", headers=headers) as socket:
+        said.append(masked((await socket.receive_str()).encode()))
+        for event in turns:
+            await socket.send_json(event)
+            while True:
+                answer = masked((await socket.receive_str()).encode())
+                said.append(answer)
+                kind = json.loads(answer)["type"]
+                assert kind != "error", answer
+                if kind == LAST_OF[event["type"]]:
+                    break
+    return said
 
 
 async def assert_same(pair: Pair, session: aiohttp.ClientSession, case: Case) -> None:

@@ -202,6 +202,28 @@ async def test_sigterm_lets_a_stream_end_and_settles_it(
     assert "Traceback" not in gateway.stderr
 
 
+async def test_sigterm_lets_a_body_arrive_and_answers_it(gateway: Gateway, upstream: HeldUpstream) -> None:
+    host, _, port = gateway.base_url.removeprefix("http://").removesuffix("/v1").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {gateway.key}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(BODY)}\r\nExpect: 100-continue\r\n\r\n"
+    )
+    writer.write(head.encode())
+    assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"  # it waits for the body
+    gateway.process.send_signal(signal.SIGTERM)
+    async with asyncio.timeout(20):
+        while await accepts(gateway):
+            await asyncio.sleep(0.01)
+    writer.write(BODY)
+    answer = await reader.read()
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 200 OK")
+    assert b"connection: close" in answer.lower()
+    assert await asyncio.to_thread(gateway.wait) == 0
+    assert funds_of(gateway).used == upstream.cost
+
+
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP])
 async def test_a_second_signal_cuts_a_stream_and_charges_what_was_sent(
     session: aiohttp.ClientSession, gateway: Gateway, upstream: HeldUpstream, first: signal.Signals
