@@ -11,11 +11,12 @@ EVERYWHERE = frozenset({"model", "user", "metadata", "safety_identifier"})
 
 def refuse_unknown(body: dict[str, Any], known: Collection[str], allowed: Collection[str]) -> None:
     """Let only fields through whose meaning for the cost is known. allowed: those that the operator answers for."""
-    for name in sorted(body.keys() - known):
-        if body[name] is not None and name not in allowed:
-            raise InvalidRequest(
-                f"{name[:64]!r} is not supported here: its effect on the cost is not known to the gateway", name[:64]
-            )
+    unknown = [name for name in body.keys() - known if body[name] is not None and name not in allowed]
+    if unknown:
+        name = min(unknown)[:64]
+        raise InvalidRequest(
+            f"{name!r} is not supported here: its effect on the cost is not known to the gateway", name
+        )
 
 
 def whole(body: dict[str, Any], name: str, least: int, most: int = 10**9) -> int | None:

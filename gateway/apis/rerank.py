@@ -67,7 +67,10 @@ def _size_of(document: object, index: int) -> int:
     if isinstance(document, str):
         return len(document.encode())
     if isinstance(document, dict):
-        return len(orjson.dumps(document))
+        try:
+            return len(orjson.dumps(document))
+        except orjson.JSONEncodeError as error:
+            raise InvalidRequest("it is nested too deeply", f"documents[{index}]") from error
     raise InvalidRequest("each document must be a string or an object", f"documents[{index}]")
 
 

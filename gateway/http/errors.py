@@ -145,6 +145,17 @@ def broken_body(reason: str) -> Failure:
     )
 
 
+def unknown_encoding(encoding: str) -> Failure:
+    """The body is packed in a way that the gateway does not read, or twice."""
+    return Failure(
+        415,
+        "invalid_request_error",
+        "unsupported_encoding",
+        f"The body's Content-Encoding {encoding[:50]!r} is not supported here: send it plain, as gzip or as deflate.",
+        headers=_LAST,
+    )
+
+
 def not_a_form() -> Failure:
     """A file comes in a form."""
     return Failure(

@@ -152,7 +152,9 @@ class Proxy:
             with suppress(ConnectionResetError):
                 await write(response, self._reports.event(exchange, errors.internal_error()))
         if request.transport is not None:
-            request.transport.close()
+            # What waits for a client that does not read would keep the connection for ever.
+            gone = isinstance(error, ConnectionResetError)
+            request.transport.abort() if gone else request.transport.close()
         return response
 
     async def _route(self, exchange: Exchange, request: web.BaseRequest) -> web.StreamResponse:

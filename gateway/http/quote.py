@@ -26,6 +26,7 @@ from gateway.http.errors import Failure
 _MOST_CONTAINERS = 200_000
 _MOST_VALUES = 2_000_000
 _BODY_S = 300.0
+_ENCODINGS = ("", "identity", "gzip", "deflate")
 _KEY = re.compile(r"[!-~]{1,255}")
 _HASH_DIGITS = 24
 
@@ -48,7 +49,11 @@ class Quote:
 
 
 async def invite(request: web.BaseRequest, most_bytes: int) -> Failure | None:
-    """Let a client that waits for it send its body, unless it says that it is too large."""
+    """Let a client that waits for it send its body, unless it says that it is too large, or packed in a way that is not
+    read here."""
+    encoding = ", ".join(request.headers.getall("Content-Encoding", ())).lower()
+    if encoding not in _ENCODINGS:  # nothing was unpacked: its bytes would be taken for the text itself
+        return errors.unknown_encoding(encoding)
     if (request.content_length or 0) > most_bytes:
         return errors.body_too_large(most_bytes)
     if request.headers.get("Expect", "").lower() == "100-continue":
@@ -70,8 +75,8 @@ async def read_body(request: web.BaseRequest, most_bytes: int) -> bytes | Failur
                 parts.append(chunk)
     except TimeoutError:
         return errors.body_too_slow()
-    except (web.RequestPayloadError, HTTPException) as error:
-        return errors.broken_body(str(error))
+    except (web.RequestPayloadError, HTTPException):
+        return errors.broken_body("it broke off, or is not what its Content-Encoding says")
     return b"".join(parts)
 
 

@@ -23,6 +23,8 @@ _FORWARDED_PREFIX = "anthropic-"
 
 # Shorter than the 5 s after which uvicorn closes an idle connection: a request must not meet a closing one.
 _KEEP_ALIVE_S = 4.0
+# What is read ahead of a client that is slow to read, half of what may be: a stream holds several copies of it.
+_READ_AHEAD_BYTES = 2**15
 # A server that is being replaced is back soon.
 _RECONNECT_PAUSE_S = 0.2
 
@@ -98,6 +100,7 @@ class UpstreamClient:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
             skip_auto_headers=("User-Agent",),
+            read_bufsize=_READ_AHEAD_BYTES,
             cookie_jar=aiohttp.DummyCookieJar(),
         )
 

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from abc import ABC, abstractmethod
+from codecs import BOM_UTF8
 from collections.abc import Mapping
 
 import orjson
@@ -280,7 +281,9 @@ def is_named_error(event: bytes) -> bool:
 
 
 def _data_of(event: bytes) -> bytes:
-    return b"\n".join(line[5:] for line in event.splitlines() if line.startswith(b"data:"))
+    # A stream may begin with a mark of its encoding, which is no part of its first field.
+    lines = event.removeprefix(BOM_UTF8).splitlines()
+    return b"\n".join(line[5:] for line in lines if line.startswith(b"data:"))
 
 
 def _read(data: bytes) -> object:

@@ -5,6 +5,9 @@ from typing import Self
 
 from aiohttp import web
 
+#: More than the gateway lets through.
+_MOST_BYTES = 64 * 2**20
+
 
 class LocalUpstream:
     """Answers on a free port of loopback for the time of a block.
@@ -16,7 +19,7 @@ class LocalUpstream:
     base_url: str
 
     def __init__(self, *routes: web.AbstractRouteDef) -> None:
-        app = web.Application()
+        app = web.Application(client_max_size=_MOST_BYTES)
         app.add_routes(routes)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1, access_log=None)
 
