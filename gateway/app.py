@@ -22,6 +22,7 @@ from gateway.credits.store import Store
 from gateway.demo.upstream import DemoUpstream
 from gateway.http.admin import Check, Health, admin_app
 from gateway.http.proxy import Proxy
+from gateway.http.server import DataServer
 from gateway.sessions import own_store
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.client import UpstreamClient
@@ -72,8 +73,7 @@ async def serve(config: GatewayConfig, read: Callable[[], GatewayConfig]) -> Non
         admin_server = admin_app(health, metrics, lambda: live.config.admin.token, live.reload)
         admin = web.AppRunner(admin_server, shutdown_timeout=1, access_log=None)
         admin_address = await _listen(stack, admin, config.admin.listen, "admin.listen")
-        server = web.Server(proxy.handle, handler_cancellation=True, access_log=None)
-        data = web.ServerRunner(server, shutdown_timeout=1)
+        data = web.ServerRunner(DataServer(proxy), shutdown_timeout=1)
         address = await _listen(stack, data, config.listen, "listen")
         await stack.enter_async_context(_running(live.follow()))
         print(welcome(config, address, admin_address, secret), flush=True)

@@ -178,6 +178,14 @@ def no_room_for_upload() -> Failure:
     )
 
 
+def broken_request(reason: str) -> Failure:
+    """Not HTTP, or a body that cannot be unpacked."""
+    lines = reason.strip().splitlines() or ["it is not HTTP"]
+    return Failure(
+        400, "invalid_request_error", "invalid_request", f"The request cannot be read: {lines[0][:200]}", headers=_LAST
+    )
+
+
 def body_too_large(most_bytes: int) -> Failure:
     """The request's body is over the limit."""
     return Failure(

@@ -180,7 +180,8 @@ class Proxy:
         if free := FREE_APIS.get(path):
             return _Endpoint(("POST",), partial(self._pass_free, free), free.dialect)
         if path == "/models" or path.startswith("/models/"):
-            return _Endpoint(("GET",), partial(self._list_models, path.removeprefix("/models").removeprefix("/")))
+            name = path.removeprefix("/models").removeprefix("/")
+            return _Endpoint(("GET", "HEAD"), partial(self._list_models, name))
         if rule := priced_path(exchange.config, path, request.rel_url.raw_path):
             return _Endpoint(sorted(rule.methods), partial(self._pass_unread, rule))
         return None

@@ -25,6 +25,7 @@ from gateway.http.errors import Failure
 # What a body may hold at most: parsing takes seconds and gigabytes where megabytes of it are brackets.
 _MOST_CONTAINERS = 200_000
 _MOST_VALUES = 2_000_000
+_MOST_KEYS = 1_000_000
 _BODY_S = 300.0
 _ENCODINGS = ("", "identity", "gzip", "deflate")
 _KEY = re.compile(r"[!-~]{1,255}")
@@ -82,7 +83,8 @@ async def read_body(request: web.BaseRequest, most_bytes: int) -> bytes | Failur
 
 def _read_json(raw: bytes) -> object:
     """A body, decoded. Raises InvalidRequest."""
-    if raw.count(b"{") + raw.count(b"[") > _MOST_CONTAINERS or raw.count(b",") > _MOST_VALUES:
+    containers = raw.count(b"{") + raw.count(b"[")
+    if containers > _MOST_CONTAINERS or raw.count(b",") > _MOST_VALUES or raw.count(b'":') > _MOST_KEYS:
         raise InvalidRequest("it has too many values")
     try:
         return orjson.loads(raw)
@@ -108,11 +110,14 @@ def _read_quote(config: GatewayConfig, api: Api, body: object, form: Form | None
     if model is None:
         return errors.unknown_model(api.read(body).model)
     assert isinstance(body, dict)  # what is none names no model
-    first = _quote_of(config, api, body, model, form)
-    alternatives = []
-    for name in model.fallbacks:
-        with suppress(InvalidRequest):  # what another model does not sell, it does not answer
-            alternatives.append(_quote_of(config, api, body, config.models[name], form))
+    try:
+        first = _quote_of(config, api, body, model, form)
+        alternatives = []
+        for name in model.fallbacks:
+            with suppress(InvalidRequest):  # what another model does not sell, it does not answer
+                alternatives.append(_quote_of(config, api, body, config.models[name], form))
+    except orjson.JSONEncodeError as error:
+        raise InvalidRequest("it is nested too deeply") from error
     return replace(first, alternatives=tuple(alternatives))
 
 
@@ -122,11 +127,8 @@ def _quote_of(config: GatewayConfig, api: Api, body: dict[str, Any], model: Mode
     if form is not None:
         return Quote(api, ask, model, bound_of(ask, model), {}, b"", form)
     taken = {name: body[name] for name in api.set_fields if name in body}
-    try:
-        forwarded = orjson.dumps(_renamed({name: body[name] for name in body if name not in taken}, model))
-        orjson.dumps(taken)  # it is written later, when it is too late to refuse it
-    except orjson.JSONEncodeError as error:
-        raise InvalidRequest("it is nested too deeply") from error
+    forwarded = orjson.dumps(_renamed({name: body[name] for name in body if name not in taken}, model))
+    orjson.dumps(taken)  # it is written later, when it is too late to refuse it
     ask = ask.of_size(len(forwarded))
     return Quote(api, ask, model, bound_of(ask, model), taken, forwarded)
 

@@ -221,7 +221,7 @@ async def test_what_cannot_be_priced_is_refused_and_not_forwarded(bench: Bench, 
     assert funds_of(bench.gateway) == before
 
 
-@pytest.mark.parametrize(("path", "allowed"), [("/v1/completions", "POST"), ("/v1/models", "GET")])
+@pytest.mark.parametrize(("path", "allowed"), [("/v1/completions", "POST"), ("/v1/models", "GET, HEAD")])
 async def test_a_wrong_method_is_told_the_right_one(bench: Bench, path: str, allowed: str) -> None:
     answer = await bench.send(None, path, method="DELETE")
     check(answer, WRONG_METHOD)
