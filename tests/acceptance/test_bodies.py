@@ -300,7 +300,7 @@ async def test_an_encoding_of_browsers_is_refused_and_the_connection_ends(bench:
         await line.say(head_of(bench.gateway, f"Content-Encoding: {encoding}", "Content-Length: 5") + b"abcde")
         answer = await line.answer()
         assert answer.status in (400, 415)
-        assert b"encoding" in answer.body
+        assert answer.code in ("invalid_request", "unsupported_encoding")
         assert await line.rest() == b""
     assert len(bench.upstream.requests) == seen
 
@@ -438,7 +438,7 @@ async def test_a_request_that_can_be_read_in_two_ways_is_refused(bench: Bench, n
     async with line_to(bench.gateway) as line:
         await line.say(head_of(bench.gateway, *headers) + body + hidden)
         answer = await line.answer()
-        assert answer.status == 400
+        assert (answer.status, answer.code) == (400, "invalid_request")
         await line.rest()  # the gateway hangs up, and what is behind is not answered
     await bench.look()
     assert len(bench.upstream.requests) == seen
