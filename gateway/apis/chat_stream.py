@@ -90,8 +90,10 @@ class ChoicesStream(EventStream):
     def closing(self, cost: Mapping[str, object] | None) -> bytes:
         """The last usage and ``[DONE]``."""
         held = self._held
-        if held and cost is not None and self._ask.wants_usage:
-            held = _with_cost(held, cost)
+        if cost is not None and self._ask.wants_usage:
+            if not held and self.usage is None and self._frame:  # the upstream told none; what is charged is told
+                held = event_of({**self._frame, "choices": [], "usage": _usage_of(self.metered(complete=True))})
+            held = _with_cost(held, cost) if held else held
         return self._before_last + held + self._held_with + self._tail
 
     def metered(self, *, complete: bool) -> Metered:

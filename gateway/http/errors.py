@@ -258,6 +258,18 @@ def deadline_passed(*, charged: bool) -> Failure:
     )
 
 
+def upstream_overran(*, charged: bool) -> Failure:
+    """The upstream does not heed the limit of the answer. What a client was sent is charged up to that limit."""
+    return Failure(
+        502,
+        "api_error",
+        "upstream_overrun",
+        "The model's server sends more than it was asked for; "
+        + ("what was sent of it was charged, up to the limit." if charged else "nothing was charged."),
+        headers=_NO_RETRY,
+    )
+
+
 def store_lost(*, charged: bool) -> Failure:
     """The store went away while a stream ran, and the stream used up what it held by then."""
     return Failure(

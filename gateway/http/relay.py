@@ -101,9 +101,7 @@ class StreamRelay:
         except CreditsEnded:
             self._learn(stream)
             await self._stop(stream)
-            self._reports.truncated(exchange)
-            assert exchange.reservation is not None
-            events.cut_short(errors.quota_ended(exchange.reservation.reserved.funds))
+            self._end_for_credits(stream)
             return None
         except StoreError as error:
             log.warning("%s: the stream was cut: its hold cannot be extended: %s", exchange.id, error)
@@ -122,13 +120,31 @@ class StreamRelay:
         if events.complete:
             log.info("%s: the upstream did not end its stream: %s", exchange.id, error)
             return None
-        if isinstance(error, DeadlinePassed | TimeoutError | Overrun):
+        if isinstance(error, Overrun):
+            return await self._overran(stream)
+        if isinstance(error, DeadlinePassed | TimeoutError):
             log.warning("%s: the stream was cut: %s", exchange.id, error or "it took longer than total_timeout")
             # No failure of the upstream's, which bills what it made: so is the client billed for what it got.
             await self._charge_as_seen(stream)
             return errors.deadline_passed(charged=events.payable)
         log.warning("%s: the upstream's stream broke: %s", exchange.id, error)
         return errors.upstream_failed(error)
+
+    async def _overran(self, stream: _Stream) -> Failure | None:
+        """End a stream whose upstream goes on beyond its limit: as credits do, if it was they that set it."""
+        exchange, events = stream.exchange, stream.events
+        log.error("%s: the upstream heeds no limit: %s", exchange.id, stream.quote.model.upstream)
+        await self._stop(stream)
+        if exchange.max_tokens is None:
+            return errors.upstream_overran(charged=events.payable)
+        self._end_for_credits(stream)
+        return None
+
+    def _end_for_credits(self, stream: _Stream) -> None:
+        exchange = stream.exchange
+        self._reports.truncated(exchange)
+        assert exchange.reservation is not None
+        stream.events.cut_short(errors.quota_ended(exchange.reservation.reserved.funds))
 
     def _learn(self, stream: _Stream) -> None:
         bound = stream.quote.bound

@@ -32,7 +32,7 @@ MAX_EVENT_BYTES = 16 * 2**20
 
 _SEAM_BYTES = 4096
 # Events are not quite tokens: only a stream that runs far beyond its limit is cut.
-_SPARE_EVENTS = 64
+_SPARE_EVENTS = 16
 
 
 class BrokenStream(Exception):
