@@ -36,10 +36,11 @@ def _pcm_bytes_per_s(head: bytes) -> int | None:
     """
     if head[:4] != b"RIFF" or head[8:16] != b"WAVEfmt " or len(head) < 36:
         return None
-    form, channels, samples_per_s, _, block_bytes, _ = struct.unpack_from("<HHIIHH", head, 20)
+    form, channels, samples_per_s, _, block_bytes, sample_bits = struct.unpack_from("<HHIIHH", head, 20)
     if form == _EXTENSIBLE and len(head) >= 46:
         form = struct.unpack_from("<H", head, 44)[0]
-    if form not in _PCM_FORMATS or not channels or not block_bytes:
+    if form not in _PCM_FORMATS:
         return None
-    rate = samples_per_s * block_bytes
+    # Some players go by the one figure and some by the other: what both allow is the most that it can be.
+    rate = samples_per_s * min(block_bytes, channels * -(-sample_bits // 8))
     return rate if rate >= LEAST_BYTES_PER_S else None

@@ -33,16 +33,17 @@ class Form:
     digest: str
 
     def document(self, typed: Collection[str]) -> dict[str, Any]:
-        """The fields as if they had come in JSON. typed: those that are numbers or true and false. A name that ends in
-        ``[]`` is a list's; a file's field holds a list of files.
+        """The fields as if they had come in JSON. typed: those that are numbers or true and false. A name with brackets
+        (``image[]``, ``chunking_strategy[type]``) is a part of the field before them, a list of parts
+        then; a file's field holds a list of files.
 
         Raises InvalidRequest for a field that is given twice or cannot be read: which of two counts would be the
         upstream's guess.
         """
         document: dict[str, Any] = {}
         for written, value in self.fields:
-            name = written.removesuffix("[]")
-            if written != name:
+            name, bracket, _ = written.partition("[")
+            if bracket:
                 document.setdefault(name, [])
                 if not isinstance(document[name], list):
                     raise _twice(name)
@@ -52,7 +53,7 @@ class Form:
             else:
                 document[name] = _typed(name, value) if name in typed else value
         for file in self.files:
-            name = file.name.removesuffix("[]")
+            name = file.name.partition("[")[0]
             others = document.setdefault(name, [])
             if not isinstance(others, list) or not all(isinstance(other, File) for other in others):
                 raise _twice(name)

@@ -147,12 +147,14 @@ class PicturesStream(MediaStream):
     def __init__(self, ask: Ask, bound: Bound, rule: CountOutput = "chunks") -> None:
         super().__init__(ask, bound, rule)
         self._kinds: list[tuple[str, str]] = []
+        self._events_of_whole = 0
 
     def metered(self, *, complete: bool) -> Metered:
-        """The pictures that came, and one that was only begun."""
+        """The pictures that came, and the one that was only begun."""
         if not self.has_output:
             return Metered()
-        begun = [] if complete or self.complete else [(AUTO, AUTO)]
+        has_more = not complete and self._count.events > self._events_of_whole
+        begun = [(AUTO, AUTO)] if has_more else []
         return _metered(self.usage, self._ask, self._bound, _kinds(self._ask, self._kinds + begun))
 
     def _answers(self) -> int:
@@ -161,6 +163,7 @@ class PicturesStream(MediaStream):
     def _take(self, document: dict[str, Any]) -> None:
         if document.get("type") in self.last_types:
             self._kinds.append((_said(document, "size", _SIZE), _said(document, "quality", _QUALITY)))
+            self._events_of_whole = self._count.events
         usage = read_media_usage(document.get("usage"), output_is="image")
         if usage is not None:
             self.usage = usage if self.usage is None else self.usage.plus(usage, same_prompt=True)

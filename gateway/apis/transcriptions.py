@@ -34,7 +34,7 @@ class Transcript(Answer):
 
     def metered(self, ask: Ask, bound: Bound) -> Metered:
         """By the recording's length, and by tokens."""
-        if self.empty and self.audio_ms is None:
+        if self.empty and self.audio_ms is None and self.usage is None:
             return Metered()
         return metered_transcript(self.usage, ask, bound, self.audio_ms, self.content_bytes)
 
@@ -64,7 +64,7 @@ class Transcriptions(Api):
 
     def answer_to(self, ask: Ask, body: bytes) -> Transcript | None:
         """Text where text was asked for, else a document."""
-        return read_text(body) if ask.answer_format in _TEXTS else self.read_answer(body)
+        return read_text(body) if ask.answer_format in _TEXTS and not _is_error(body) else self.read_answer(body)
 
     def read_answer(self, body: bytes) -> Transcript | None:
         """A document with a text."""
@@ -142,6 +142,14 @@ def read_text(body: bytes) -> Transcript | None:
         return None
     ends = [_moment_ms(match.groups()[4:]) for match in _TIMED.finditer(said)]
     return Transcript(None, len(body), len(said), max(ends, default=None))
+
+
+def _is_error(body: bytes) -> bool:
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(document, dict) and bool(document.get("error"))
 
 
 def said_ms(document: dict[str, Any]) -> int | None:

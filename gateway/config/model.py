@@ -151,10 +151,12 @@ class Passthrough:
     methods: frozenset[str]
 
     def matches(self, path: str) -> bool:
-        """Whether a path below ``/v1`` is meant."""
-        if self.pattern.endswith("/*"):
-            return path.startswith(self.pattern[:-1]) and len(path) >= len(self.pattern)
-        return path == self.pattern
+        """Whether a path below ``/v1`` is meant. Upper case or lower makes no difference: to some servers it does not,
+        and none of them shall be another price's path."""
+        pattern, path = self.pattern.lower(), path.lower()
+        if pattern.endswith("/*"):
+            return path.startswith(pattern[:-1]) and len(path) >= len(pattern)
+        return path == pattern
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ class Exchange:
 
     config: the one that it began with and keeps to its end. slices: as in Holding. from_page: whether a browser asks
     for a page of some origin. dialect: of its errors. events: of the stream that answers it, once that has come.
-    answering: the model that answers, once one does.
+    answering: the model that answers, once one does. body_broke: the client's body did, while it was passed on.
     """
 
     config: GatewayConfig
@@ -42,6 +42,7 @@ class Exchange:
     metered: Metered = field(default_factory=lambda: Metered(0, 0))
     slices: Mapping[str, int | None] = field(default_factory=dict)
     answering: Model | None = None
+    body_broke: bool = False
     max_tokens: int | None = None
     decision: str = "none"
     reason: str | None = None

@@ -23,6 +23,7 @@ from gateway.http.exchange import Exchange, credit_headers, request_headers
 from gateway.http.holding import payable_nano
 from gateway.http.multipart import written
 from gateway.http.passing import Passing
+from gateway.http.passthrough import UnreadBody
 from gateway.http.quote import Quote, forwarded_body
 from gateway.http.relay import StreamRelay
 from gateway.http.reports import Reports
@@ -74,12 +75,13 @@ class Forwarding:
         raise AssertionError("the last model's answer is taken, whatever it is")
 
     async def unread(
-        self, exchange: Exchange, request: web.BaseRequest, quote: Quote, target: str, body: Upload | None
+        self, exchange: Exchange, request: web.BaseRequest, quote: Quote, target: str, body: UnreadBody
     ) -> web.StreamResponse:
         """Forward what nobody reads (target: path and query below the upstream's base URL), and charge the answer."""
         upstream = exchange.config.upstreams[quote.model.upstream]
         exchange.answering = quote.model
-        async with self._sent(upstream, target, request.headers, body, request.method) as answer:
+        async with self._sent(upstream, target, request.headers, body.upload(), request.method) as answer:
+            body.answer = answer
             if not 200 <= answer.status < 300:
                 return await self._pass_error(exchange, answer)
             return await self._passing.pass_on(exchange, request, quote, answer)

@@ -8,13 +8,22 @@ here, in a form of the gateway's own making.
 import asyncio
 import hashlib
 import logging
+import os
 import re
 import secrets
 import tempfile
-from collections.abc import AsyncIterator
-from typing import BinaryIO
+import warnings
+from collections.abc import AsyncIterator, Callable
+from typing import Any, BinaryIO, cast
 
-from aiohttp import BodyPartReader, MultipartReader, web
+from aiohttp import (
+    BadContentDispositionHeader,
+    BadContentDispositionParam,
+    BodyPartReader,
+    MultipartReader,
+    StreamReader,
+    web,
+)
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_exceptions import HTTPException
 
@@ -24,17 +33,21 @@ from gateway.http.errors import Failure
 from gateway.http.quote import invite
 from gateway.upstream.client import Upload
 
-#: Parts of a form, and bytes of all its text fields.
+#: Parts of a form, lines of all that is no content, and bytes of all its text fields.
 MAX_PARTS = 64
+MAX_LINES = 4096
 MAX_TEXT_BYTES = 2**20
 #: How long an upload may take.
 UPLOAD_S = 900.0
 
 _CHUNK_BYTES = 2**18
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}(\[\])?")
-_UNQUOTABLE = re.compile(r'[\x00-\x1f\x7f"\\]')
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}(\[[A-Za-z0-9_]{0,64}\]){0,4}")
+_UNQUOTABLE = re.compile(r'[\x00-\x1f\x7f"\\\ud800-\udfff]')
 _MEDIA_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]{1,64}/[A-Za-z0-9!#$&^_.+-]{1,64}(; ?[a-z]+=[A-Za-z0-9,._-]{1,64})?")
 
+# Each would be written to stderr and remembered for ever, with whatever a client wrote in it.
+for _warning in (BadContentDispositionHeader, BadContentDispositionParam):
+    warnings.filterwarnings("ignore", category=_warning)
 
 log = logging.getLogger(__name__)
 
@@ -76,10 +89,42 @@ def _failure_of(error: BaseException) -> Failure | None:
             log.error("an upload cannot be put aside: %s", error)
             return errors.no_room_for_upload()
         case web.RequestPayloadError() | HttpProcessingError() | HTTPException():
-            return errors.broken_body(str(error))
+            return errors.broken_body(_shown(error))
         case ValueError() | RuntimeError() | AssertionError():  # what aiohttp raises for a form that is none
-            return errors.broken_body(str(error) or "it is no form")
+            return errors.broken_body(_shown(error) or "it is no form")
     return None
+
+
+def _shown(error: BaseException) -> str:
+    """What it says, which may hold bytes of the client's that are no text."""
+    return str(error).encode(errors="backslashreplace").decode()
+
+
+class _Counted:
+    """A body as MultipartReader reads it, whose bytes and lines are counted, wherever in the form they stand."""
+
+    def __init__(self, content: StreamReader, count: Callable[[int], None]) -> None:
+        self._content = content
+        self._count = count
+        self._lines_left = MAX_LINES
+        self.at_eof = content.at_eof
+
+    async def readline(self, **limits: Any) -> bytes:
+        line = await self._content.readline(**limits)
+        self._count(len(line))
+        self._lines_left -= 1
+        if not self._lines_left:
+            raise ValueError(f"it has more than {MAX_LINES} lines besides its content")
+        return line
+
+    async def read(self, size: int) -> bytes:
+        piece = await self._content.read(size)
+        self._count(len(piece))
+        return piece
+
+    def unread_data(self, piece: bytes) -> None:
+        self._count(-len(piece))
+        self._content.unread_data(piece)
 
 
 class _Reading:
@@ -103,7 +148,7 @@ class _Reading:
 
     async def read(self, request: web.BaseRequest) -> None:
         """Read to the form's end."""
-        reader = MultipartReader(request.headers, request.content)
+        reader = MultipartReader(request.headers, cast(StreamReader, _Counted(request.content, self._count)))
         count = 0
         while (part := await reader.next()) is not None:
             count += 1
@@ -134,7 +179,6 @@ class _Reading:
             self._text_bytes += len(piece)
             if self._text_bytes > MAX_TEXT_BYTES:
                 raise ValueError(f"its text fields have more than {MAX_TEXT_BYTES} bytes")
-            self._count(len(piece))
             self._digest.update(piece)
             pieces.append(piece)
         return b"".join(pieces).decode()
@@ -145,7 +189,6 @@ class _Reading:
         size, head = 0, b""
         try:
             while piece := await part.read_chunk(_CHUNK_BYTES):
-                self._count(len(piece))
                 self._digest.update(piece)
                 head = head + piece[: HEAD_BYTES - len(head)] if len(head) < HEAD_BYTES else head
                 size += len(piece)
@@ -194,5 +237,5 @@ async def _chunks(pieces: list[bytes | File]) -> AsyncIterator[bytes]:
 
 
 def _read_at(content: BinaryIO, offset: int) -> bytes:
-    content.seek(offset)
-    return content.read(_CHUNK_BYTES)
+    # Without moving the file's own position: a first upstream may still be reading while a fallback is sent the form.
+    return os.pread(content.fileno(), _CHUNK_BYTES, offset)

@@ -5,26 +5,35 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 
+from gateway.apis.free import FREE_APIS
+from gateway.apis.registry import APIS
 from gateway.apis.unread import Unread
 from gateway.config.model import GatewayConfig, Passthrough
 from gateway.domain.request import bound_of
+from gateway.http.exchange import Exchange
 from gateway.http.quote import Quote
-from gateway.upstream.client import Upload
+from gateway.upstream.client import Upload, UpstreamAnswer
 
 _UNREAD = Unread()
-# What some servers take for another path than it seems: dots, empty segments, and signs that are hidden.
-_ODD = re.compile(r"(?:^|/)\.{1,2}(?:/|$)|//|\\|%(?:2e|2f|5c|00)", re.IGNORECASE)
+_PREFIX = re.compile(r"(?:/api)?/v1(?=/)")
+# What some servers take for another path than it seems: dots, empty segments, parameters, and signs that are hidden.
+_ODD = re.compile(r"(?:^|/)\.{1,2}(?:/|$)|//|\\|;|%(?:[01]|2e|2f|25|3b|5c|7f)|(?:/|%20)$", re.IGNORECASE)
+_TAKEN = frozenset({*APIS, *FREE_APIS, "/models", "/realtime"})
+
+
+def target_of(request: web.BaseRequest) -> str:
+    """The path below ``/v1`` with its query, as it was sent."""
+    return _PREFIX.sub("", request.rel_url.raw_path_qs, count=1)
 
 
 def priced_path(config: GatewayConfig, path: str, raw_path: str) -> Passthrough | None:
     """The configuration's entry for a path below ``/v1``; None where there is none. raw_path: as it was sent."""
-    if _ODD.search(raw_path):
+    if not _PREFIX.match(raw_path) or _ODD.search(raw_path):
         return None
-    exact = config.passthrough.get(path)
-    if exact is not None:
-        return exact
-    patterns = [rule for rule in config.passthrough.values() if rule.matches(path)]
-    return max(patterns, key=lambda rule: len(rule.pattern), default=None)
+    if path.lower() in _TAKEN:  # some servers serve it all the same, but here it is metered
+        return None
+    rules = [rule for rule in config.passthrough.values() if rule.matches(path)]
+    return max(rules, key=lambda rule: (not rule.pattern.endswith("/*"), len(rule.pattern)), default=None)
 
 
 def unread_quote(rule: Passthrough) -> Quote:
@@ -34,12 +43,15 @@ def unread_quote(rule: Passthrough) -> Quote:
 
 
 class UnreadBody:
-    """A request's body on its way through. too_large: whether it was cut for that."""
+    """A request's body on its way through. too_large: whether it was cut for that. answer: given up if the body breaks;
+    the upstream would wait for the rest of the body for a long time."""
 
-    def __init__(self, request: web.BaseRequest, most_bytes: int) -> None:
+    def __init__(self, exchange: Exchange, request: web.BaseRequest, most_bytes: int) -> None:
+        self._exchange = exchange
         self._request = request
         self._most_bytes = most_bytes
         self.too_large = False
+        self.answer: UpstreamAnswer | None = None
 
     def upload(self) -> Upload | None:
         """The body for the upstream; None where there is none."""
@@ -52,9 +64,15 @@ class UnreadBody:
 
     async def _chunks(self) -> AsyncIterator[bytes]:
         left = self._most_bytes
-        async for chunk in self._request.content.iter_any():
-            left -= len(chunk)
-            if left < 0:
-                self.too_large = True
-                raise ValueError("the body is too large")
-            yield chunk
+        try:
+            async for chunk in self._request.content.iter_any():
+                left -= len(chunk)
+                if left < 0:
+                    self.too_large = True
+                    raise ValueError("the body is too large")
+                yield chunk
+        except Exception:
+            self._exchange.body_broke = True
+            if self.answer is not None:
+                self.answer.abandon()
+            raise

@@ -33,7 +33,7 @@ from gateway.http.forwarding import Forwarding
 from gateway.http.holding import holding_of
 from gateway.http.models import ModelsList
 from gateway.http.multipart import read_form
-from gateway.http.passthrough import UnreadBody, priced_path, unread_quote
+from gateway.http.passthrough import UnreadBody, priced_path, target_of, unread_quote
 from gateway.http.quote import Quote, invite, read_body, read_form_quote, read_free, read_quote, repeat_key
 from gateway.http.realtime import Realtime
 from gateway.http.relay import StreamRelay, write
@@ -227,19 +227,19 @@ class Proxy:
         most_bytes = exchange.config.limits.upload_bytes
         if failure := await invite(request, most_bytes):
             return self._reports.fail(exchange, failure)
-        quote, body = unread_quote(rule), UnreadBody(request, most_bytes)
+        quote, body = unread_quote(rule), UnreadBody(exchange, request, most_bytes)
         exchange.ask = quote.ask
         reservation = await self._reserve(exchange, identity, quote, None)
         if isinstance(reservation, web.Response):
             return reservation
-        target = request.rel_url.raw_path_qs.removeprefix("/api").removeprefix("/v1")
         async with self._ending(exchange, reservation):
             try:
-                return await self._forwarding.unread(exchange, request, quote, target, body.upload())
+                return await self._forwarding.unread(exchange, request, quote, target_of(request), body)
             except UpstreamError:
-                if not body.too_large:
+                if not exchange.body_broke:
                     raise
-                return self._reports.fail(exchange, errors.body_too_large(most_bytes))
+                broken = errors.body_too_large(most_bytes) if body.too_large else errors.broken_body("it broke off")
+                return self._reports.fail(exchange, broken)
 
     @asynccontextmanager
     async def _ending(self, exchange: Exchange, reservation: Reservation) -> AsyncIterator[None]:
