@@ -12,6 +12,7 @@ from typing import Any
 
 import schemathesis
 from schemathesis import Case, CheckContext, HookContext, Response
+from schemathesis.core.parameters import ParameterLocation
 
 _ANSWERS = Path(os.environ["QG_ANSWERS"])
 _numbers = itertools.count(1)
@@ -61,6 +62,15 @@ def what_is_described_is_served(context: CheckContext, response: Response, case:
     if response.status_code != 404 or case.method.lower() != case.operation.method.lower() or "{rest}" in case.path:
         return
     assert _error_of(response)["code"] != "unknown_url"
+
+
+@schemathesis.check
+def what_is_ruled_out_is_refused_here(context: CheckContext, response: Response, case: Case) -> None:
+    """No upstream sees what the description of a JSON body rules out."""
+    data = case.meta.phase.data if case.meta is not None and case.meta.generation.mode.is_negative else None
+    if data is None or data.parameter_location != ParameterLocation.BODY or case.media_type != "application/json":
+        return
+    assert response.status_code >= 400 and not _is_the_upstreams(response), data.description
 
 
 def _is_the_upstreams(response: Response) -> bool:
