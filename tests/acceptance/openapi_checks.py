@@ -33,12 +33,14 @@ def _without_fractions(value: Any) -> Any:
 
 
 @schemathesis.hook
-def map_headers(context: HookContext, headers: Any) -> Any:
-    """A key for each request: what is generated is often the same, and no second request with it gets far."""
-    key = (headers or {}).get("Idempotency-Key")
-    if isinstance(key, str) and re.fullmatch("[!-~]{1,240}", key):
-        headers["Idempotency-Key"] = f"{next(_numbers)}-{key}"
-    return headers
+def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> None:
+    """A key of its own for each request: the same is made again and again, and no second request with it gets far. No
+    key beside a body that must be refused: with it comes an empty one, which is refused first."""
+    key = case.headers.get("Idempotency-Key")
+    if _spoils_the_body(case):
+        case.headers.pop("Idempotency-Key", None)
+    elif isinstance(key, str) and re.fullmatch("[!-~]{1,240}", key):
+        case.headers["Idempotency-Key"] = f"{next(_numbers)}-{key}"
 
 
 @schemathesis.hook
@@ -67,10 +69,15 @@ def what_is_described_is_served(context: CheckContext, response: Response, case:
 @schemathesis.check
 def what_is_ruled_out_is_refused_here(context: CheckContext, response: Response, case: Case) -> None:
     """No upstream sees what the description of a JSON body rules out."""
-    data = case.meta.phase.data if case.meta is not None and case.meta.generation.mode.is_negative else None
-    if data is None or data.parameter_location != ParameterLocation.BODY or case.media_type != "application/json":
-        return
-    assert response.status_code >= 400 and not _is_the_upstreams(response), data.description
+    if _spoils_the_body(case) and case.media_type == "application/json":
+        assert response.status_code >= 400
+        assert not _is_the_upstreams(response)
+
+
+def _spoils_the_body(case: Case) -> bool:
+    if case.meta is None or not case.meta.generation.mode.is_negative:
+        return False
+    return case.meta.phase.data.parameter_location == ParameterLocation.BODY
 
 
 def _is_the_upstreams(response: Response) -> bool:
