@@ -28,7 +28,7 @@ MOST_NAMES = 100
 
 _ANY_TYPE = "*/*"
 _KEYED = ("401", "500", "503")
-_FORWARDED = (*_KEYED, "413", "502", "504")
+_FORWARDED = (*_KEYED, "413", "415", "502", "504")
 _READ = ("400", "404", "408")
 _HELD = ("402", "429")
 _REPEATABLE = ("409", "422")

@@ -47,7 +47,6 @@ from gateway.upstream.client import UpstreamClient, UpstreamError
 log = logging.getLogger(__name__)
 
 _PREFIXES = ("/v1", "/api/v1")
-_REALTIME_PATHS = frozenset(f"{prefix}/realtime" for prefix in _PREFIXES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +161,9 @@ class Proxy:
         return response
 
     async def _route(self, exchange: Exchange, request: web.BaseRequest) -> web.StreamResponse:
-        if request.method == "GET" and request.path in _REALTIME_PATHS:
-            return await self._realtime.serve(exchange, request, _secret_of(request.headers))
         path = next((request.path[len(p) :] for p in _PREFIXES if request.path.startswith(p + "/")), "")
+        if path == "/realtime":
+            return await self._talk(exchange, request)
         if DESCRIPTION_PATH in (path, request.path):
             return self._describe(exchange, request)
         endpoint = self._endpoint(exchange, request, path)
@@ -333,7 +332,12 @@ class Proxy:
             return self._reports.fail(exchange, errors.unknown_model(name))
         return web.Response(body=body, content_type="application/json", headers=request_headers(exchange))
 
-    # --- open to everybody --------------------------------------------------------------------------------------
+    # --- what looks for a key by itself, or needs none -----------------------------------------------------------
+
+    async def _talk(self, exchange: Exchange, request: web.BaseRequest) -> web.StreamResponse:
+        if request.method != "GET":
+            return self._reports.fail(exchange, errors.wrong_method(request.method, "GET"))
+        return await self._realtime.serve(exchange, request, _secret_of(request.headers))
 
     def _describe(self, exchange: Exchange, request: web.BaseRequest) -> web.Response:
         if request.method not in ("GET", "HEAD"):
