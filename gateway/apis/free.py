@@ -22,7 +22,9 @@ class FreeApi:
         """The model that a decoded body names. Raises InvalidRequest."""
         if not isinstance(body, dict):
             raise InvalidRequest("the body must be a JSON object")
-        model = body.get("model") or self.default_model
+        model = body.get("model")
+        if model is None:
+            model = self.default_model
         if not isinstance(model, str) or not model:
             raise InvalidRequest("'model' must be a string", "model")
         return model

@@ -33,6 +33,8 @@ from gateway.http.forwarding import Forwarding
 from gateway.http.holding import holding_of
 from gateway.http.models import ModelsList
 from gateway.http.multipart import read_form
+from gateway.http.openapi import PATH as DESCRIPTION_PATH
+from gateway.http.openapi import Description
 from gateway.http.passthrough import UnreadBody, priced_path, target_of, unread_quote
 from gateway.http.quote import Quote, invite, read_body, read_form_quote, read_free, read_quote, repeat_key
 from gateway.http.realtime import Realtime
@@ -45,7 +47,6 @@ from gateway.upstream.client import UpstreamClient, UpstreamError
 log = logging.getLogger(__name__)
 
 _PREFIXES = ("/v1", "/api/v1")
-_REALTIME_PATHS = frozenset(f"{prefix}/realtime" for prefix in _PREFIXES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ class Proxy:
         self._metrics = metrics
         self._reports = Reports(metrics)
         self._models = ModelsList(config.models, config.upstreams, client)
+        self._description = Description(config)
         self._forecast = OutputForecast()
         settling = Settling(engine, self._reports)
         relay = StreamRelay(engine, settling, self._reports, self._forecast)
@@ -79,6 +81,7 @@ class Proxy:
         """Answer new requests by config; those in flight keep the one that they began with."""
         self._config = config
         self._models.use(config.models, config.upstreams)
+        self._description = Description(config)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request of the data listener. Never raises but for cancellation."""
@@ -158,9 +161,11 @@ class Proxy:
         return response
 
     async def _route(self, exchange: Exchange, request: web.BaseRequest) -> web.StreamResponse:
-        if request.method == "GET" and request.path in _REALTIME_PATHS:
-            return await self._realtime.serve(exchange, request, _secret_of(request.headers))
         path = next((request.path[len(p) :] for p in _PREFIXES if request.path.startswith(p + "/")), "")
+        if path == "/realtime":
+            return await self._talk(exchange, request)
+        if DESCRIPTION_PATH in (path, request.path):
+            return self._describe(exchange, request)
         endpoint = self._endpoint(exchange, request, path)
         if endpoint is None:
             exchange.dialect = "anthropic" if path.startswith("/messages") else "openai"
@@ -326,6 +331,20 @@ class Proxy:
         if body is None:
             return self._reports.fail(exchange, errors.unknown_model(name))
         return web.Response(body=body, content_type="application/json", headers=request_headers(exchange))
+
+    # --- what looks for a key by itself, or needs none -----------------------------------------------------------
+
+    async def _talk(self, exchange: Exchange, request: web.BaseRequest) -> web.StreamResponse:
+        if request.method != "GET":
+            return self._reports.fail(exchange, errors.wrong_method(request.method, "GET"))
+        return await self._realtime.serve(exchange, request, _secret_of(request.headers))
+
+    def _describe(self, exchange: Exchange, request: web.BaseRequest) -> web.Response:
+        if request.method not in ("GET", "HEAD"):
+            return self._reports.fail(exchange, errors.wrong_method(request.method, "GET, HEAD"))
+        return web.Response(
+            body=self._description.body, content_type="application/json", headers=request_headers(exchange)
+        )
 
 
 def _secret_of(headers: Mapping[str, str]) -> str | None:

@@ -200,6 +200,14 @@ async def test_the_sdk_moderates_without_naming_a_model(bench: Bench) -> None:
     assert bench.desk.requests[-1][1] == {"input": "Hello!"}
 
 
+@pytest.mark.parametrize("model", ["", 0, False, {}, []], ids=repr)
+async def test_what_is_no_model_is_not_taken_for_the_usual_one(bench: Bench, model: Any) -> None:
+    seen = len(bench.desk.requests)
+    answer = await bench.ask("/moderations", {"model": model, "input": "x"}, says={"results": []})
+    assert (answer.status, answer.error["param"]) == (400, "model")
+    assert len(bench.desk.requests) == seen
+
+
 async def test_an_upstreams_refusal_of_what_is_free_is_passed_on(bench: Bench) -> None:
     answer = await bench.ask(
         "/moderations", {"model": MODEL, "input": 5}, status=400, says={"error": {"message": "input must be text"}}
