@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, closing, nullcontext, suppress
+from contextlib import asynccontextmanager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,17 +20,15 @@ from gateway.apis.form import Form
 from gateway.apis.free import FREE_APIS, FreeApi
 from gateway.apis.registry import APIS
 from gateway.config.model import GatewayConfig, Passthrough
-from gateway.credits.errors import StoreError, UnknownPlan
-from gateway.credits.service import LEASE_MS, CreditEngine, Identity, Refused, RepeatKey, Reservation
-from gateway.domain.decision import Denied, Repeated
+from gateway.credits.service import CreditEngine, Identity, Reservation
 from gateway.domain.forecast import OutputForecast
 from gateway.domain.request import InvalidRequest
 from gateway.http import errors
 from gateway.http.browser import greeting, let_page_read
-from gateway.http.errors import Failure, funds_headers
+from gateway.http.errors import Failure
+from gateway.http.excuses import Excuses
 from gateway.http.exchange import Exchange, request_headers
 from gateway.http.forwarding import Forwarding
-from gateway.http.holding import holding_of
 from gateway.http.models import ModelsList
 from gateway.http.multipart import read_form
 from gateway.http.openapi import PATH as DESCRIPTION_PATH
@@ -38,10 +36,11 @@ from gateway.http.openapi import Description
 from gateway.http.passthrough import UnreadBody, priced_path, target_of, unread_quote
 from gateway.http.quote import Quote, invite, read_body, read_form_quote, read_free, read_quote, repeat_key
 from gateway.http.realtime import Realtime
-from gateway.http.relay import StreamRelay, write
+from gateway.http.relay import StreamRelay
 from gateway.http.reports import Reports
+from gateway.http.reserving import Reserving
 from gateway.http.settling import Settling
-from gateway.telemetry.metrics import STORE_UNAVAILABLE, Metrics
+from gateway.telemetry.metrics import Metrics
 from gateway.upstream.client import UpstreamClient, UpstreamError
 
 log = logging.getLogger(__name__)
@@ -65,13 +64,14 @@ class Proxy:
         self._config = config
         self._engine = engine
         self._client = client
-        self._metrics = metrics
         self._reports = Reports(metrics)
         self._models = ModelsList(config.models, config.upstreams, client)
         self._description = Description(config)
-        self._forecast = OutputForecast()
+        self._excuses = Excuses(self._reports)
+        forecast = OutputForecast()
+        self._reserving = Reserving(engine, self._reports, forecast, config.plans)
         settling = Settling(engine, self._reports)
-        relay = StreamRelay(engine, settling, self._reports, self._forecast)
+        relay = StreamRelay(engine, settling, self._reports, forecast)
         self._realtime = Realtime(engine, metrics, self._reports, settling)
         self._forwarding = Forwarding(client, metrics, self._reports, settling, relay)
         self._active: set[asyncio.Task[object]] = set()
@@ -80,6 +80,7 @@ class Proxy:
     def use(self, config: GatewayConfig) -> None:
         """Answer new requests by config; those in flight keep the one that they began with."""
         self._config = config
+        self._reserving.use(config.plans)
         self._models.use(config.models, config.upstreams)
         self._description = Description(config)
 
@@ -106,8 +107,8 @@ class Proxy:
             return response
         except Exception as error:
             if exchange.response is not None and exchange.response.prepared:
-                return await self._cut(exchange, request, exchange.response, error)
-            return self._excuse(exchange, error)
+                return await self._excuses.cut(exchange, request, exchange.response, error)
+            return self._excuses.excuse(exchange, error)
 
     async def drain(self, timeout_s: float, hurry: asyncio.Event, settle_s: float) -> None:
         """Let the requests in flight end, for timeout_s or until hurry is set; then cut them, and give what they were
@@ -124,41 +125,6 @@ class Proxy:
             for task in self._active:
                 task.cancel()
             await asyncio.wait(self._active, timeout=settle_s)
-
-    def _excuse(self, exchange: Exchange, error: Exception) -> web.StreamResponse:
-        """The answer to a request that something went wrong with before any answer had begun."""
-        match error:
-            case StoreError():
-                log.warning("%s: %s", exchange.id, error)
-                self._reports.decide(exchange, "denied", STORE_UNAVAILABLE)
-                return self._reports.fail(exchange, errors.store_unavailable())
-            case UnknownPlan():
-                log.error("%s: %s", exchange.id, error)
-                return self._reports.fail(exchange, errors.plan_not_configured(error.plan))
-            case UpstreamError():
-                log.warning("%s: the upstream did not answer: %s", exchange.id, error)
-                return self._reports.fail(exchange, errors.upstream_failed(error))
-            case ConnectionResetError():
-                exchange.reason = "client_closed"
-                return web.Response(status=exchange.status)  # nobody is there to read it
-        log.error("%s failed", exchange.id, exc_info=error)
-        return self._reports.fail(exchange, errors.internal_error())
-
-    async def _cut(
-        self, exchange: Exchange, request: web.BaseRequest, response: web.StreamResponse, error: Exception
-    ) -> web.StreamResponse:
-        """End a stream that has begun and cannot go on; a second answer must not be written into it."""
-        exchange.status, exchange.reason = response.status, "client_closed"
-        if not isinstance(error, ConnectionResetError):
-            log.error("%s failed while streaming", exchange.id, exc_info=error)
-            exchange.reason = "internal_error"
-            with suppress(ConnectionResetError):
-                await write(response, self._reports.event(exchange, errors.internal_error()))
-        if request.transport is not None:
-            # What waits for a client that does not read would keep the connection for ever.
-            gone = isinstance(error, ConnectionResetError)
-            request.transport.abort() if gone else request.transport.close()
-        return response
 
     async def _route(self, exchange: Exchange, request: web.BaseRequest) -> web.StreamResponse:
         path = next((request.path[len(p) :] for p in _PREFIXES if request.path.startswith(p + "/")), "")
@@ -217,10 +183,11 @@ class Proxy:
             quote = await self._quote(exchange, request, api, form)
             if isinstance(quote, Failure):
                 return self._reports.fail(exchange, quote)
-            repeat = _repeat_of(request, quote, identity)
+            key = request.headers.get("Idempotency-Key")
+            repeat = None if key is None else repeat_key(quote, identity.account, key)
             if isinstance(repeat, Failure):
                 return self._reports.fail(exchange, repeat)
-            reservation = await self._reserve(exchange, identity, quote, repeat)
+            reservation = await self._reserving.reserve(exchange, identity, quote, repeat)
             if isinstance(reservation, web.Response):
                 return reservation
             async with self._ending(exchange, reservation):
@@ -234,7 +201,7 @@ class Proxy:
             return self._reports.fail(exchange, failure)
         quote, body = unread_quote(rule), UnreadBody(exchange, request, most_bytes)
         exchange.ask = quote.ask
-        reservation = await self._reserve(exchange, identity, quote, None)
+        reservation = await self._reserving.reserve(exchange, identity, quote, None)
         if isinstance(reservation, web.Response):
             return reservation
         async with self._ending(exchange, reservation):
@@ -281,47 +248,6 @@ class Proxy:
         self._reports.spent(exchange, "quote", started)
         return quote
 
-    # --- reserve ------------------------------------------------------------------------------------------------
-
-    async def _reserve(
-        self, exchange: Exchange, identity: Identity, quote: Quote, repeat: RepeatKey | None
-    ) -> Reservation | web.Response:
-        started = time.perf_counter()
-        holding = holding_of(quote, exchange.config.upstreams, self._forecast)
-        outcome = await self._engine.reserve(
-            identity,
-            exchange.number,
-            quote.model.name,
-            holding.amount_femto,
-            holding.minimum_femto,
-            LEASE_MS,
-            alone_femto=holding.alone_femto,
-            grows=holding.grows,
-            repeat=repeat,
-        )
-        self._reports.spent(exchange, "reserve", started)
-        if isinstance(outcome, Reservation):
-            exchange.reservation, exchange.slices = outcome, holding.slices
-            self._reports.decide(exchange, "admitted", outcome.reserved.source, outcome.plan.name)
-            return outcome
-        return self._refuse(exchange, quote, outcome)
-
-    def _refuse(self, exchange: Exchange, quote: Quote, outcome: Denied | Refused | Repeated) -> web.Response:
-        match outcome:
-            case Refused():
-                return self._reports.fail(exchange, errors.bad_key())
-            case Repeated():
-                failure = errors.repeated(outcome)
-                self._reports.decide(exchange, "denied", failure.code)
-                return self._reports.fail(exchange, failure)
-            case Denied():
-                # The account may have come to a plan that was configured after the request began.
-                name = outcome.funds.plan
-                plan = exchange.config.plans.get(name) or self._config.plans[name]
-                failure = errors.denied(outcome, plan, quote.bound, quote.model)
-                self._reports.decide(exchange, "denied", failure.code, name)
-                return self._reports.fail(exchange, failure, funds_headers(outcome.funds))
-
     # --- models -------------------------------------------------------------------------------------------------
 
     async def _list_models(
@@ -354,8 +280,3 @@ def _secret_of(headers: Mapping[str, str]) -> str | None:
     if scheme.lower() == "bearer" and token.strip():
         return token.strip()
     return headers.get("x-api-key") or headers.get("token") or None
-
-
-def _repeat_of(request: web.BaseRequest, quote: Quote, identity: Identity) -> RepeatKey | Failure | None:
-    key = request.headers.get("Idempotency-Key")
-    return None if key is None else repeat_key(quote, identity.account, key)
