@@ -26,8 +26,8 @@ from gateway.domain.request import InvalidRequest
 from gateway.http import errors
 from gateway.http.browser import greeting, let_page_read
 from gateway.http.errors import Failure
-from gateway.http.excuses import Excuses
 from gateway.http.exchange import Exchange, request_headers
+from gateway.http.excuses import Excuses
 from gateway.http.forwarding import Forwarding
 from gateway.http.models import ModelsList
 from gateway.http.multipart import read_form
