@@ -1,6 +1,6 @@
 """A request's body in ``multipart/form-data``, as the endpoints see it: text fields, and files that stay on disk."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -26,11 +26,13 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """fields: in the order in which they came, names as they were written. digest: SHA-256 of all of it, hex."""
+    """fields: in the order in which they came, names as they were written. digest: SHA-256 of all of it, hex. leave:
+    called when the files' room on disk is given back."""
 
     fields: tuple[tuple[str, str], ...]
     files: tuple[File, ...]
     digest: str
+    leave: Callable[[], None] = lambda: None
 
     def document(self, typed: Collection[str]) -> dict[str, Any]:
         """The fields as if they had come in JSON. typed: those that are numbers or true and false. A name with brackets
@@ -64,6 +66,7 @@ class Form:
         """Give the files' room on disk back."""
         for file in self.files:
             file.content.close()
+        self.leave()
 
 
 def files_of(body: Mapping[str, Any], name: str, most: int) -> list[File]:

@@ -14,6 +14,7 @@ import secrets
 import tempfile
 import warnings
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any, BinaryIO, cast
 
 from aiohttp import (
@@ -37,6 +38,8 @@ from gateway.upstream.client import Upload
 MAX_PARTS = 64
 MAX_LINES = 4096
 MAX_TEXT_BYTES = 2**20
+#: Of the largest uploads, how many fit on the disk at once.
+UPLOADS_AT_ONCE = 16
 #: How long an upload may take.
 UPLOAD_S = 900.0
 
@@ -60,13 +63,32 @@ class _Refused(Exception):
         self.failure = failure
 
 
-async def read_form(request: web.BaseRequest, most_bytes: int) -> Form | Failure:
+class UploadRoom:
+    """What all forms of this process together may take of the disk: credits are looked at only once a form is there, so
+    nothing else bounds how many come at once. UPLOADS_AT_ONCE of the largest fit."""
+
+    def __init__(self) -> None:
+        self._taken_bytes = 0
+
+    def take(self, size_bytes: int, largest_bytes: int) -> None:
+        """Raises _Refused where there is no room left."""
+        if self._taken_bytes + size_bytes > UPLOADS_AT_ONCE * largest_bytes:
+            log.error("an upload cannot be put aside: %d bytes of others are there", self._taken_bytes)
+            raise _Refused(errors.no_room_for_upload())
+        self._taken_bytes += size_bytes
+
+    def leave(self, size_bytes: int) -> None:
+        """Give room back."""
+        self._taken_bytes -= size_bytes
+
+
+async def read_form(request: web.BaseRequest, most_bytes: int, room: UploadRoom) -> Form | Failure:
     """The request's form, or why it is not taken. Whoever gets a form closes it."""
     if not request.headers.get("Content-Type", "").lower().startswith("multipart/form-data"):
         return errors.not_a_form()
     if failure := await invite(request, most_bytes):
         return failure
-    reading = _Reading(most_bytes)
+    reading = _Reading(most_bytes, room)
     try:
         async with asyncio.timeout(UPLOAD_S):
             await reading.read(request)
@@ -130,7 +152,9 @@ class _Counted:
 class _Reading:
     """One form on its way in."""
 
-    def __init__(self, most_bytes: int) -> None:
+    def __init__(self, most_bytes: int, room: UploadRoom) -> None:
+        self._room = room
+        self._put_aside_bytes = 0
         self._left_bytes = most_bytes
         self._most_bytes = most_bytes
         self._text_bytes = 0
@@ -140,7 +164,8 @@ class _Reading:
 
     def form(self) -> Form:
         """All that was read."""
-        return Form(tuple(self._fields), tuple(self._files), self._digest.hexdigest())
+        leave = partial(self._room.leave, self._put_aside_bytes)
+        return Form(tuple(self._fields), tuple(self._files), self._digest.hexdigest(), leave)
 
     def close(self) -> None:
         """Give the room on disk back."""
@@ -192,6 +217,8 @@ class _Reading:
                 self._digest.update(piece)
                 head = head + piece[: HEAD_BYTES - len(head)] if len(head) < HEAD_BYTES else head
                 size += len(piece)
+                self._room.take(len(piece), self._most_bytes)
+                self._put_aside_bytes += len(piece)
                 await asyncio.to_thread(content.write, piece)
             await asyncio.to_thread(content.flush)
         except BaseException:

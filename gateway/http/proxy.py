@@ -30,7 +30,7 @@ from gateway.http.exchange import Exchange, request_headers
 from gateway.http.excuses import Excuses
 from gateway.http.forwarding import Forwarding
 from gateway.http.models import ModelsList
-from gateway.http.multipart import read_form
+from gateway.http.multipart import UploadRoom, read_form
 from gateway.http.openapi import PATH as DESCRIPTION_PATH
 from gateway.http.openapi import Description
 from gateway.http.passthrough import UnreadBody, priced_path, target_of, unread_quote
@@ -76,6 +76,7 @@ class Proxy:
         self._forwarding = Forwarding(client, metrics, self._reports, settling, relay)
         self._active: set[asyncio.Task[object]] = set()
         self._draining = False
+        self._uploads = UploadRoom()
 
     def use(self, config: GatewayConfig) -> None:
         """Answer new requests by config; those in flight keep the one that they began with."""
@@ -176,7 +177,8 @@ class Proxy:
     async def _meter(
         self, api: Api, exchange: Exchange, request: web.BaseRequest, identity: Identity
     ) -> web.StreamResponse:
-        form = await read_form(request, exchange.config.limits.upload_bytes) if api.takes_form else None
+        most_bytes = exchange.config.limits.upload_bytes
+        form = await read_form(request, most_bytes, self._uploads) if api.takes_form else None
         if isinstance(form, Failure):
             return self._reports.fail(exchange, form)
         with nullcontext() if form is None else closing(form):

@@ -16,7 +16,7 @@ from multidict import CIMultiDict
 from gateway.apis.form import HEAD_BYTES, Form
 from gateway.http import multipart
 from gateway.http.errors import Failure
-from gateway.http.multipart import read_form, written
+from gateway.http.multipart import UPLOADS_AT_ONCE, UploadRoom, read_form, written
 
 # Warned of in a process of its own, whose filters the module sets; a test's are others.
 pytestmark = pytest.mark.filterwarnings(
@@ -55,9 +55,10 @@ class Request:
 
 async def read(
     body: bytes, content_type: str = f"multipart/form-data; boundary={MARK}", *, most: int = MOST, pieces: int = 2**16,
-    told: bool = False,
+    told: bool = False, room: UploadRoom | None = None,
 ) -> Form | Failure:  # fmt: skip
-    return await read_form(cast(web.BaseRequest, Request(body, content_type, pieces, told)), most)
+    request = cast(web.BaseRequest, Request(body, content_type, pieces, told))
+    return await read_form(request, most, room or UploadRoom())
 
 
 async def form_of(body: bytes, **options: Any) -> Form:
@@ -91,6 +92,22 @@ def parsed(body: bytes, content_type: str) -> list[tuple[str, str | None, str, b
         content = cast(bytes, one.get_payload(decode=True))
         parts.append((words["name"], words.get("filename"), one.get_content_type(), content))
     return parts
+
+
+async def test_no_more_forms_are_put_aside_than_there_is_room_for() -> None:
+    room, largest = UploadRoom(), 1000
+    body = part('name="file"; filename="a"', b"x" * (largest - 200)) + END
+    forms = []
+    while isinstance(form := await read(body, most=largest, room=room), Form):
+        forms.append(form)
+    assert len(forms) == UPLOADS_AT_ONCE * largest // (largest - 200)
+    assert (form.status, form.code) == (503, "upload_not_possible")
+    forms.pop().close()
+    again = await form_of(body, most=largest, room=room)
+    assert isinstance(await read(body, most=largest, room=room), Failure)
+    for one in (*forms, again):
+        one.close()
+    (await form_of(body, most=largest, room=room)).close()
 
 
 # --- in --------------------------------------------------------------------------------------------------------------
@@ -231,7 +248,7 @@ async def test_who_is_too_slow_is_told_so(monkeypatch: pytest.MonkeyPatch) -> No
     loop = asyncio.get_running_loop()
     request.content = StreamReader(Connection(loop), 2**16, loop=loop)
     request.content.feed_data(part('name="a"; filename="a"')[:-9])
-    failure = await read_form(cast(web.BaseRequest, request), MOST)
+    failure = await read_form(cast(web.BaseRequest, request), MOST, UploadRoom())
     assert isinstance(failure, Failure)
     assert failure.status == 408
 
