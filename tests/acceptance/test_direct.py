@@ -116,7 +116,9 @@ LAST_OF = {
     "conversation.item.create": "conversation.item.done",
     "response.create": "response.done",
 }
-ON_LLAMA = [case for case in CASES if case.path in ("/chat/completions", "/completions")]
+ON_LLAMA = [case for case in CASES if case.path in ("/chat/completions", "/completions", "/responses", "/messages")]
+EMBEDDING = "tiny-embedding"
+ON_EMBEDDING = [case for case in CASES if case.path == "/embeddings"]
 
 
 async def test_every_endpoint_is_compared() -> None:
@@ -150,6 +152,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 @pytest.fixture(scope="module")
 def real(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     config = gateway_config(llama, [MODEL_NAME])
+    config["upstreams"]["test"]["allow_fields"] = ["cache_prompt", "seed"]  # its own, on endpoints that know none such
     with running_gateway(config, data_dir=tmp_path_factory.mktemp("llama") / "data") as gateway:
         yield Pair(llama, gateway, MODEL_NAME)
 
@@ -204,6 +207,20 @@ async def talk(session: aiohttp.ClientSession, base_url: str, key: str, model: s
                 if kind == LAST_OF[event["type"]]:
                     break
     return said
+
+
+@pytest.fixture(scope="module")
+def embedding(llama_embedding: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    config = gateway_config(llama_embedding, [EMBEDDING])
+    with running_gateway(config, data_dir=tmp_path_factory.mktemp("embedding") / "data") as gateway:
+        yield Pair(llama_embedding, gateway, EMBEDDING)
+
+
+@pytest.mark.parametrize("case", ON_EMBEDDING, ids=lambda case: case.name)
+async def test_a_real_server_embeds_the_same_through_the_gateway(
+    embedding: Pair, session: aiohttp.ClientSession, case: Case
+) -> None:
+    await assert_same(embedding, session, case)
 
 
 async def assert_same(pair: Pair, session: aiohttp.ClientSession, case: Case) -> None:
