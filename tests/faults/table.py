@@ -49,6 +49,13 @@ FAULTS = (
         "test_gateway_killed.py::test_a_whole_answer_of_a_killed_gateway_is_charged_only_if_it_was_settled",
     ),
     Fault(
+        "gateway killed, sound",
+        "gateway killed while it passes sound, or the answer of a priced path, on",
+        "a broken transfer",
+        "one that began in the last 11 s at most: from then on its whole price is recorded",
+        "test_sound_killed.py::test_sound_of_a_killed_gateway_is_charged_once_its_price_was_recorded",
+    ),
+    Fault(
         "gateway killed, settling",
         "gateway killed while the store is told what to charge",
         "a broken connection",
