@@ -152,7 +152,7 @@ class Session:
             async with self.turns.lock:
                 settlement = await self._account(event)
                 self.unread = None
-            await self._send(_with_cost(event, settlement) if settlement else raw)
+            await self._send(_with_cost(event, settlement) if settlement else _as_client_wrote(event, raw))
             async with self.turns.lock:
                 if event.kind == "response.done" and self._answers_silence and not self.turns.busy:
                     await self.turns.covered_spare()
@@ -172,7 +172,7 @@ class Session:
                 end_ms = event.document.get("audio_end_ms")
                 self._conversation.heard(end_ms if type(end_ms) is int else 0)
             case "error" if event.refused:
-                await self.turns.refused(event.refused)
+                part_of(event.document, "error")["event_id"] = await self.turns.refused(event.refused)
         if event.has_output:
             await self.turns.flow(event)
         return await self._transcribed(event) if self.scribe is not None else None
@@ -208,6 +208,12 @@ class Session:
 def _transcribes(model: Model) -> bool:
     """Whether the model has a price for what it hears."""
     return model.prices.tokens is not None or model.prices.audio_ms_femto is not None
+
+
+def _as_client_wrote(event: ServerEvent, raw: str) -> str:
+    """An event that came as raw; the event of the client that an error names is called there as the client does."""
+    named = part_of(event.document, "error").get("event_id") if event.refused else event.refused
+    return raw if named == event.refused else orjson.dumps(event.document).decode()
 
 
 def _with_cost(event: ServerEvent, settlement: Settlement) -> str:

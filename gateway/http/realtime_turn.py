@@ -71,7 +71,8 @@ class Use:
 
 class Turn:
     """What credits are held for: a response, or a transcription. reach: how much of the conversation is its input, if
-    its usage can tell. handed_out: whether the client got any of its output. event_id: of what asked for it."""
+    its usage can tell. handed_out: whether the client got any of its output. event_id: of what asked for it; client_id:
+    the one that the client gave that, if any."""
 
     def __init__(
         self, counter: Counter, exchange: Exchange, model: Model, reservation: Reservation, use: Use, slice_tokens: int
@@ -81,6 +82,7 @@ class Turn:
         self.use = use
         self.reach: Reach | None = None
         self.event_id = ""
+        self.client_id: str | None = None
         self.handed_out = False
         self.tally = OutputTally(upstream.count_output)
         self._handed_tokens = self._handed_audio = 0
@@ -116,7 +118,7 @@ class Turn:
 
     def give_back(self) -> None:
         """What it was asked for did not come to anything; it may begin another time."""
-        self.event_id, self.reach = "", None
+        self.event_id, self.client_id, self.reach = "", None, None
         self._reservation.look = None
 
     def hand_out(self) -> None:

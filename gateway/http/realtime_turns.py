@@ -108,8 +108,9 @@ class Turns:
             raise InvalidRequest(f"no more than {_MOST_RESPONSES} responses may be under way")
         turn = await self.covered_spare(self._conversation.size_of(event.own))
         self.spare = None
-        # An upstream that refuses says by this id what.
-        turn.event_id = event.document["event_id"] = event.document.get("event_id") or f"event_{secrets.token_hex(12)}"
+        # An upstream that refuses says by this id what. It is no client's: that could give it to another event, too.
+        turn.client_id = event.document.get("event_id")
+        turn.event_id = event.document["event_id"] = f"event_{secrets.token_hex(12)}"
         turn.reach = self._conversation.asked() if event.plain else None
         if self.busy:
             self._cannot_tell()
@@ -164,12 +165,12 @@ class Turns:
             self._conversation.add_output(usage.output_tokens if usage else turn.tally.tokens)
         return turn.exchange.settlement
 
-    async def refused(self, event_id: str) -> None:
-        """The upstream does not do what an event of the client asks for."""
-        for turn in self.open.values():
-            if turn.event_id == event_id:  # this one has begun by itself
-                turn.reach = None
-        for turn in [one for one in self.asked if one.event_id == event_id]:
+    async def refused(self, event_id: str) -> str:
+        """The upstream does not do what an event of the client asks for: the event's id as the client knows it."""
+        for turn in [one for one in self.all() if one.event_id == event_id]:
+            client_id, turn.reach = turn.client_id, None
+            if turn not in self.asked:  # it has begun by itself
+                return client_id or event_id
             self.asked.remove(turn)
             turn.give_back()
             if self.spare is None:
@@ -177,6 +178,8 @@ class Turns:
             else:
                 await turn.void()
             self.lock.notify_all()
+            return client_id or event_id
+        return event_id
 
     @property
     def _alone(self) -> bool:

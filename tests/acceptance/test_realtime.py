@@ -391,6 +391,30 @@ async def test_a_response_that_the_upstream_refuses_costs_nothing(bench: Bench) 
         assert await account.spent() == cost_of(INPUT_TOKENS, 3)
 
 
+def own_input(**plan: Any) -> dict[str, Any]:
+    """A response that answers a text of its own, of some thousand tokens, beside the conversation."""
+    item = _message({"type": "input_text", "text": "word " * 600})
+    return {"conversation": "none", "input": [item], "metadata": {"plan": json.dumps(plan)}}
+
+
+async def test_a_refusal_of_another_event_by_the_same_id_does_not_make_a_response_cheaper(bench: Bench) -> None:
+    usage = {"input_tokens": 2000, "output_tokens": 1, "total_tokens": 2001}
+    async with bench.account() as account:
+        async with account.session() as connection:
+            await connection.send({"type": "conversation.item.delete", "item_id": "none", "event_id": "mine"})
+            create = {"type": "response.create", "event_id": "mine", "response": own_input(words=1, usage=usage)}
+            await connection.send(create)  # type: ignore[arg-type]
+            await until(connection, "response.done")
+        assert await account.spent() == cost_of(2000, 1)
+
+
+async def test_a_refusal_names_the_event_as_its_client_does(bench: Bench) -> None:
+    async with bench.account() as account, account.session() as connection:
+        await say(connection, refuse=True)
+        await connection.send({"type": "response.create", "event_id": 'my "own"'})
+        assert (await until(connection, "error"))[-1].error.event_id == 'my "own"'
+
+
 # --- keys ------------------------------------------------------------------------------------------------------------
 
 

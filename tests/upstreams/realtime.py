@@ -5,7 +5,9 @@ import asyncio
 import base64
 import json
 from collections import defaultdict
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -42,6 +44,8 @@ class RealtimeUpstream(LocalUpstream):
     closed in an orderly way; done_only: without deltas. A response that is cancelled reports what it has said.
 
     transcript: the usage of a transcript. With ``server_vad`` each second of audio in the buffer is a turn of speech.
+    late: transcripts, and responses to speech, come only after the next commit or response.create was read, as does the
+    refusal of a conversation.item.delete, always. A response.create may bring a plan of its own, as metadata.
     refuse: the status of handshakes; silent: they
     are not answered.
     """
@@ -86,6 +90,7 @@ class _Session:
         self._said: dict[str, int] = {}
         self._vad = False
         self._buffer_ms = self._heard_ms = 0
+        self._late: list[Callable[[], Coroutine[Any, Any, None]]] = []
 
     async def say(self, kind: str, **members: Any) -> None:
         await self._told.socket.send_json({"type": kind, "event_id": f"event_{next(self._numbers)}", **members})
@@ -111,10 +116,15 @@ class _Session:
                     await self.say("conversation.item.added", item=event["item"], previous_item_id=None)
                 case "input_audio_buffer.append":
                     await self._hear(len(base64.b64decode(event["audio"])) * 1000 // 48_000)
+                case "conversation.item.delete":
+                    error = {"type": "invalid_request_error", "message": "no", "event_id": event.get("event_id")}
+                    self._late.append(partial(self.say, "error", error=error))
                 case "input_audio_buffer.commit":
+                    await self._catch_up()
                     await self.say("input_audio_buffer.committed", item_id="item_s", previous_item_id=None)
                     await self._transcribe()
                 case "response.create":
+                    await self._catch_up()
                     await self._create(event)
                 case "response.cancel":
                     self._responses[event["response_id"]].cancel()
@@ -131,7 +141,7 @@ class _Session:
             self._heard_ms += 1000
             await self.say("input_audio_buffer.speech_stopped", audio_end_ms=self._heard_ms, item_id="item_s")
             await self.say("input_audio_buffer.committed", item_id="item_s", previous_item_id=None)
-            self._respond({})
+            await self._now_or_late(partial(self._respond, {}))
 
     async def _create(self, event: dict[str, Any]) -> None:
         if self._plan.get("refuse"):
@@ -139,18 +149,32 @@ class _Session:
             await self.say("error", error=error)
             self._plan = {}
         else:
-            self._respond(event.get("response") or {})
+            await self._respond(event.get("response") or {})
+
+    async def _now_or_late(self, act: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        if self._plan.get("late"):
+            self._late.append(act)
+        else:
+            await act()
+
+    async def _catch_up(self) -> None:
+        late, self._late = self._late, []
+        for act in late:
+            await act()
 
     async def _transcribe(self) -> None:
         where = {"item_id": "item_s", "content_index": 0}
         await self.say("conversation.item.input_audio_transcription.delta", **where, delta="hello")
         if "transcript" in self._plan:
             event = {**where, "transcript": "hello", "usage": self._plan["transcript"]}
-            await self.say("conversation.item.input_audio_transcription.completed", **event)
+            kind = "conversation.item.input_audio_transcription.completed"
+            await self._now_or_late(partial(self.say, kind, **event))
 
-    def _respond(self, asked: dict[str, Any]) -> None:
+    async def _respond(self, asked: dict[str, Any]) -> None:
         number = f"resp_{next(self._numbers)}"
-        self._responses[number] = asyncio.create_task(self._answer(number, dict(self._plan), asked))
+        own = json.loads((asked.get("metadata") or {}).get("plan", "null"))
+        self._responses[number] = asyncio.create_task(self._answer(number, own or dict(self._plan), asked))
+        await asyncio.sleep(0)  # it is said to have begun before anything else is
 
     async def _answer(self, number: str, plan: dict[str, Any], asked: dict[str, Any]) -> None:
         conversation = None if asked.get("conversation") == "none" else "conv_1"
