@@ -11,8 +11,6 @@ from gateway.http.holding import CreditsEnded
 from gateway.http.realtime_turn import Turn, Use
 from gateway.http.realtime_turns import Turns
 
-_NOTHING_SAID = TranscriptUsage()
-
 
 class Scribe:
     """Holds for the audio that is not transcribed yet: for all that was sent, and for a token of text per token of
@@ -26,6 +24,7 @@ class Scribe:
         self._conversation = conversation
         self._from_ms = conversation.audio_ms
         self._until_ms: int | None = None
+        self._coming = 0
         self._waiting = 0
 
     def go_on(self, prompt_bytes: int) -> None:
@@ -51,8 +50,13 @@ class Scribe:
             else:
                 return
 
+    def commits(self, count: int = 1) -> None:
+        """The client or the upstream has more to commit; less, where a commit of the client's was refused."""
+        self._coming = max(0, self._coming + count)
+
     def committed(self) -> None:
         """The upstream takes audio out of the buffer, and will transcribe it."""
+        self.commits(-1)
         self._waiting += 1
 
     def show(self) -> None:
@@ -66,16 +70,18 @@ class Scribe:
         if turn is None:
             return None
         self.turn = None
-        await turn.settle(self.billed(turn, usage))
-        self.over(usage)
+        metered = self.billed(turn, usage)
+        await turn.settle(metered)
+        counted = usage.input_tokens is not None and self.model.prices.tokens is not None
+        self.over(usage.audio_ms or 0 if counted or usage.audio_ms is not None else metered.audio_ms)
         return turn.exchange.settlement
 
-    def over(self, usage: TranscriptUsage = _NOTHING_SAID) -> None:
-        """A transcript is done, or will not come. The audio in it need not be held for any more."""
+    def over(self, audio_ms: int = 0) -> None:
+        """A transcript is done, of so much audio at least, or will not come. That need not be held for any more."""
         self._waiting = max(0, self._waiting - 1)
         reached = self._conversation.reached_ms
-        if self._waiting:
-            reached = min(reached, self._from_ms + (usage.audio_ms or 0))
+        if self._waiting or self._coming:
+            reached = min(reached, self._from_ms + audio_ms)
         self._from_ms = max(self._from_ms, reached)
 
     def billed(self, turn: Turn, usage: TranscriptUsage) -> Metered:

@@ -32,6 +32,7 @@ from gateway.http.realtime_turns import Turns
 from gateway.upstream.websocket import UpstreamClosed, UpstreamSocket
 
 _CLIENT_STALL_S = 60.0
+_NOTHING_TO_COMMIT = "input_audio_buffer_commit_empty"
 _TRANSCRIPTION = "conversation.item.input_audio_transcription."
 
 
@@ -110,6 +111,8 @@ class Session:
             self._conversation.add_audio(event.content.audio_bytes)
         elif event.kind == "input_audio_buffer.commit":
             self._conversation.commit()
+            if self.scribe is not None:
+                self.scribe.commits()
         elif event.content:
             self._conversation.add(event.content)
         if event.kind == "response.create":
@@ -181,8 +184,12 @@ class Session:
         scribe = self.scribe
         assert scribe is not None
         match event.kind.removeprefix(_TRANSCRIPTION):
+            case "input_audio_buffer.speech_stopped":
+                scribe.commits()
             case "input_audio_buffer.committed":
                 scribe.committed()
+            case "error" if part_of(event.document, "error").get("code") == _NOTHING_TO_COMMIT:
+                scribe.commits(-1)
             case "delta" | "segment":
                 scribe.show()
             case "completed":

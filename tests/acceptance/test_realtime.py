@@ -354,6 +354,26 @@ async def test_a_transcription_is_charged_at_the_prices_of_its_own_model(
         assert await account.spent() == Decimal(cost) + cost_of(INPUT_TOKENS, 3)
 
 
+@pytest.mark.parametrize("usage", [{"type": "duration", "seconds": 1}, None])
+async def test_audio_that_is_committed_before_the_last_transcript_came_is_charged_once(
+    bench: Bench, usage: Any
+) -> None:
+    async with bench.account() as account:
+        async with account.session() as connection:
+            audio = {"input": {"transcription": {"model": "by-the-second"}, "turn_detection": None}}
+            await connection.session.update(session={"type": "realtime", "audio": audio})  # type: ignore[typeddict-item]
+            await until(connection, "session.updated")
+            await say(connection, words=1, late=True, transcript=usage)
+            for _ in range(2):
+                for _ in range(20):
+                    await connection.input_audio_buffer.append(audio=SOUND)
+                await connection.input_audio_buffer.commit()
+                await until(connection, "conversation.item.input_audio_transcription.delta")
+            await connection.response.create()
+            await until(connection, "response.done")
+        assert await account.spent() == 2 * Decimal("0.0001") + cost_of(INPUT_TOKENS, 1)
+
+
 async def test_a_transcript_that_was_shown_is_charged_though_its_client_left(bench: Bench) -> None:
     async with bench.account() as account:
         async with account.session() as connection:
