@@ -106,7 +106,9 @@ class Session:
             self._conversation.take_input_rate(event.input_rate)
         if event.output_rate is not None:
             self.turns.take_output_rate(event.output_rate)
-        self._answers_silence |= event.answers_silence
+        if event.answers_silence:
+            self._answers_silence = True
+            self.turns.heard()
         if event.kind == "input_audio_buffer.append":
             self._conversation.add_audio(event.content.audio_bytes)
         elif event.kind == "input_audio_buffer.commit":
@@ -172,6 +174,7 @@ class Session:
             case "session.created" | "session.updated":
                 self._take_session(event)
             case "input_audio_buffer.speech_stopped":
+                self.turns.heard()
                 end_ms = event.document.get("audio_end_ms")
                 self._conversation.heard(end_ms if type(end_ms) is int else 0)
             case "error" if event.refused:

@@ -4,6 +4,7 @@ import asyncio
 import secrets
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from gateway.apis.realtime_answers import RealtimeUsage, ServerEvent, read_usage
@@ -46,6 +47,8 @@ class Turns:
         self._upstream = exchange.config.upstreams[model.upstream]
         self._conversation = conversation
         self._output_rate = PCM_BYTES_PER_S
+        self._own = _NOTHING
+        self._begins_by_itself = False
 
     @property
     def busy(self) -> bool:
@@ -63,6 +66,10 @@ class Turns:
         self._output_rate = min(self._output_rate, bytes_per_second)
         for turn in self.all():
             turn.tally.take_rate(self._output_rate)
+
+    def heard(self) -> None:
+        """The upstream has heard something, which it may answer by itself."""
+        self._begins_by_itself = True
 
     async def covered_spare(self, own: Size = _NOTHING) -> Turn:
         """A turn that holds for all that the conversation can be by now. While other turns are under way, wait for
@@ -106,8 +113,9 @@ class Turns:
         """The client asks for a response. Raises InvalidRequest for one too many, and as covered_spare."""
         if len(self.asked) + len(self.open) >= _MOST_RESPONSES:
             raise InvalidRequest(f"no more than {_MOST_RESPONSES} responses may be under way")
-        turn = await self.covered_spare(self._conversation.size_of(event.own))
-        self.spare = None
+        own = self._conversation.size_of(event.own)
+        turn = await self.covered_spare(own)
+        self.spare, self._own = None, Size(max(own.most, self._own.most))
         # An upstream that refuses says by this id what. It is no client's: that could give it to another event, too.
         turn.client_id = event.document.get("event_id")
         turn.event_id = event.document["event_id"] = f"event_{secrets.token_hex(12)}"
@@ -134,6 +142,10 @@ class Turns:
             self.spare = None
             turn.begin(size)
             turn.reach = self._conversation.begun()
+        if self._begins_by_itself:
+            # It may be the one whose turn another has got, with all that was put into it alone.
+            most = max(turn.use.size.most, self._conversation.input_size(self._own).most)
+            turn.resize(replace(turn.use.size, most=most))
         self.open[number] = turn
         if not alone:
             self._cannot_tell()

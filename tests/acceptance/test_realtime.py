@@ -428,6 +428,22 @@ async def test_a_refusal_of_another_event_by_the_same_id_does_not_make_a_respons
         assert await account.spent() == cost_of(2000, 1)
 
 
+async def test_a_response_that_the_upstream_begins_meanwhile_does_not_make_another_cheaper(bench: Bench) -> None:
+    usage = {"input_tokens": 2000, "output_tokens": 1, "total_tokens": 2001}
+    async with bench.account() as account:
+        async with account.session() as connection:
+            detection = {"audio": {"input": {"turn_detection": {"type": "server_vad"}}}}
+            await connection.session.update(session={"type": "realtime", **detection})
+            await until(connection, "session.updated")
+            await say(connection, words=1, late=True)
+            for _ in range(20):
+                await connection.input_audio_buffer.append(audio=SOUND)
+            await connection.send({"type": "response.create", "response": own_input(words=1, usage=usage)})
+            for _ in range(2):
+                await until(connection, "response.done")
+        assert await account.spent() == cost_of(INPUT_TOKENS, 1) + cost_of(2000, 1)
+
+
 async def test_a_refusal_names_the_event_as_its_client_does(bench: Bench) -> None:
     async with bench.account() as account, account.session() as connection:
         await say(connection, refuse=True)
