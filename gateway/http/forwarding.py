@@ -1,5 +1,6 @@
 """Sends a request to its upstream, and makes the client's answer of what comes back."""
 
+import asyncio
 import logging
 import re
 import time
@@ -80,11 +81,17 @@ class Forwarding:
         """Forward what nobody reads (target: path and query below the upstream's base URL), and charge the answer."""
         upstream = exchange.config.upstreams[quote.model.upstream]
         exchange.answering = quote.model
-        async with self._sent(upstream, target, request.headers, body.upload(), request.method) as answer:
-            body.answer = answer
-            if not 200 <= answer.status < 300:
-                return await self._pass_error(exchange, answer)
-            return await self._passing.pass_on(exchange, request, quote, answer)
+        try:
+            async with self._sent(upstream, target, request.headers, body.upload(), request.method) as answer:
+                body.answer = answer
+                if not 200 <= answer.status < 300:
+                    return await self._pass_error(exchange, answer)
+                return await self._passing.pass_on(exchange, request, quote, answer)
+        except asyncio.CancelledError:
+            # Who has left before the answer may fetch later what was begun here; who is sent away has not left.
+            if body.sent and body.answer is None and request.transport is None:
+                await self._passing.charge(exchange, quote)
+            raise
 
     async def _try(
         self,

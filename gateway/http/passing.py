@@ -41,13 +41,13 @@ class Passing:
             last = await self._all_but_last(exchange, request, quote, answer)
             if not response.prepared and quote.api.read_answer(last) is None:
                 raise UpstreamUnavailable("the answer is of no use")
-            await self._charge(exchange, quote)
+            await self.charge(exchange, quote)
             if not response.prepared:
                 await self._begin(exchange, request, quote, answer)
             await write(response, last, last=True)
         except (asyncio.CancelledError, ConnectionResetError):
             if response.prepared and not exchange.ended:
-                await self._charge(exchange, quote)
+                await self.charge(exchange, quote)
             raise
         except UpstreamError as error:
             if not response.prepared:
@@ -90,7 +90,8 @@ class Passing:
         metered = _metered(quote)
         return Seen(quote.model.prices.femto(metered), note_of(exchange, quote.model, metered))
 
-    async def _charge(self, exchange: Exchange, quote: Quote) -> None:
+    async def charge(self, exchange: Exchange, quote: Quote) -> None:
+        """Charge what the request costs, whatever came of it. Raises only what cancels."""
         await self._settling.charge(exchange, quote.model, quote.bound, _metered(quote))
 
     async def _break_off(
@@ -99,7 +100,7 @@ class Passing:
         """Nothing can be said in the middle of sound; but an end that is none must not look like one."""
         log.warning("%s: the upstream's answer broke: %s", exchange.id, error)
         if isinstance(error, DeadlinePassed) or exchange.body_broke:
-            await self._charge(exchange, quote)  # no failure of the upstream's, which bills what it made
+            await self.charge(exchange, quote)  # no failure of the upstream's, which bills what it made
         exchange.reason = "upstream_unavailable"
         if request.transport is not None:
             request.transport.close()

@@ -43,14 +43,15 @@ def unread_quote(rule: Passthrough) -> Quote:
 
 
 class UnreadBody:
-    """A request's body on its way through. too_large: whether it was cut for that. answer: given up if the body breaks;
-    the upstream would wait for the rest of the body for a long time."""
+    """A request's body on its way through. too_large: whether it was cut for that; sent: whether all of it was passed
+    on. answer: given up if the body breaks; the upstream would wait for the rest of the body for a long time."""
 
     def __init__(self, exchange: Exchange, request: web.BaseRequest, most_bytes: int) -> None:
         self._exchange = exchange
         self._request = request
         self._most_bytes = most_bytes
         self.too_large = False
+        self.sent = False
         self.answer: UpstreamAnswer | None = None
 
     def upload(self) -> Upload | None:
@@ -71,6 +72,7 @@ class UnreadBody:
                     self.too_large = True
                     raise ValueError("the body is too large")
                 yield chunk
+            self.sent = True
         except Exception:
             self._exchange.body_broke = True
             if self.answer is not None:

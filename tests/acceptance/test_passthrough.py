@@ -402,6 +402,27 @@ async def test_who_leaves_an_answer_pays_for_it(bench: Bench) -> None:
     gate.set()
 
 
+async def test_who_leaves_before_the_answer_pays_for_what_the_upstream_was_given(bench: Bench) -> None:
+    """It may be a job, whose result can be fetched later."""
+    gone = asyncio.Event()
+
+    async def works(request: web.Request) -> web.StreamResponse:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            gone.set()
+        raise AssertionError
+
+    seen = len(bench.upstream.asked)
+    bench.upstream.script = works
+    headers = {"Authorization": f"Bearer {bench.key}"}
+    async with bench.charging("0.001000001"):
+        asked = asyncio.create_task(bench.session.post(f"{bench.gateway.base_url}/files", data=b"do", headers=headers))
+        await bench.upstream.wait_for(seen + 1)
+        asked.cancel()
+        await gone.wait()
+
+
 async def test_the_ledger_names_the_path(bench: Bench) -> None:
     bench.upstream.script = says({})
     await call(bench, "GET", "/files/a")
