@@ -64,7 +64,9 @@ class Transcriptions(Api):
 
     def answer_to(self, ask: Ask, body: bytes) -> Transcript | None:
         """Text where text was asked for, else a document."""
-        return read_text(body) if ask.answer_format in _TEXTS and not _is_error(body) else self.read_answer(body)
+        if ask.answer_format not in _TEXTS or _is_error(body):
+            return self.read_answer(body)
+        return read_text(body, timed=ask.answer_format != "text")
 
     def read_answer(self, body: bytes) -> Transcript | None:
         """A document with a text."""
@@ -134,13 +136,14 @@ class TranscriptStream(MediaStream):
         self._bytes += len(block)  # as it stands in its events: only an estimate needs it
 
 
-def read_text(body: bytes) -> Transcript | None:
-    """An answer in plain text or subtitles, of which the last tells the length; None for what is no text."""
+def read_text(body: bytes, *, timed: bool) -> Transcript | None:
+    """An answer in plain text or subtitles (timed), of which the last tells the length; None for what is no text. Plain
+    text tells none: what looks like a subtitle there was said."""
     try:
         said = body.decode()
     except UnicodeDecodeError:
         return None
-    ends = [_moment_ms(match.groups()[4:]) for match in _TIMED.finditer(said)]
+    ends = [_moment_ms(match.groups()[4:]) for match in _TIMED.finditer(said)] if timed else []
     return Transcript(None, len(body), len(said), max(ends, default=None))
 
 

@@ -138,8 +138,8 @@ VTT = "WEBVTT\n\n00:00.000 --> 00:02.500\nHello\n\n00:02.500 --> 00:05.001\nther
 
 @pytest.mark.parametrize(
     ("answer_format", "text", "milliseconds"),
-    [("text", "Hello there\n", 2000), ("srt", SRT, 4321), ("vtt", VTT, 5001), ("srt", "", 0), ("text", "", 0),
-     ("vtt", "WEBVTT\n\n", 2000)],
+    [("text", "Hello there\n", 2000), ("text", "It says 00:00.000 --> 00:00.001", 2000),
+     ("srt", SRT, 4321), ("vtt", VTT, 5001), ("srt", "", 0), ("text", "", 0), ("vtt", "WEBVTT\n\n", 2000)],
 )  # fmt: skip
 async def test_text_and_subtitles_come_as_they_are(
     bench: Bench, answer_format: Any, text: str, milliseconds: int

@@ -197,7 +197,7 @@ def test_a_usage_is_read_by_its_kinds() -> None:
      ("00:05.000 --> 00:09.000\nx\n\n00:01.000 --> 00:02.000", 9000), ("00:01.000 -> 00:02.000", None)],
 )  # fmt: skip
 def test_the_last_subtitle_tells_the_length(text: str, milliseconds: int | None) -> None:
-    transcript = read_text(text.encode())
+    transcript = read_text(text.encode(), timed=True)
     assert transcript is not None
     assert transcript.audio_ms == milliseconds
 
