@@ -25,6 +25,11 @@ def likely_ms(head: bytes, size_bytes: int) -> int:
     return _ms(max(0, size_bytes - begin) if begin > 36 else size_bytes, rate)
 
 
+def is_exact(head: bytes) -> bool:
+    """Whether likely_ms is the length itself."""
+    return _pcm_bytes_per_s(head) is not None
+
+
 def _ms(size_bytes: int, bytes_per_s: int) -> int:
     return -(-size_bytes * 1000 // bytes_per_s)
 

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from gateway.apis.api import Api
-from gateway.apis.audio_length import likely_ms, most_ms
+from gateway.apis.audio_length import is_exact, likely_ms, most_ms
 from gateway.apis.fields import EVERYWHERE, boolean, only, text
 from gateway.apis.form import files_of
 from gateway.apis.media import MediaStream, billed_media, read_media_usage
@@ -33,8 +33,8 @@ class Transcript(Answer):
     audio_ms: int | None = None
 
     def metered(self, ask: Ask, bound: Bound) -> Metered:
-        """By the recording's length, and by tokens."""
-        if self.empty and self.audio_ms is None and self.usage is None:
+        """By the recording's length, and by tokens. One that holds no words was listened to all the same."""
+        if self.empty and self.audio_ms is None and self.usage is None and not ask.exact_audio:
             return Metered()
         return metered_transcript(self.usage, ask, bound, self.audio_ms, self.content_bytes)
 
@@ -66,7 +66,7 @@ class Transcriptions(Api):
         """Text where text was asked for, else a document."""
         if ask.answer_format not in _TEXTS or _is_error(body):
             return self.read_answer(body)
-        return read_text(body, timed=ask.answer_format != "text")
+        return read_text(body, timed=ask.answer_format != "text" and not ask.exact_audio)
 
     def read_answer(self, body: bytes) -> Transcript | None:
         """A document with a text."""
@@ -99,6 +99,7 @@ class Transcriptions(Api):
             units=Metered(audio_ms=most_ms(file.head, file.size_bytes), requests=1),
             indivisible=True,
             likely_audio_ms=likely_ms(file.head, file.size_bytes),
+            exact_audio=is_exact(file.head),
             answer_format=body.get("response_format") or "json",
         )
 

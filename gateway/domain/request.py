@@ -51,8 +51,8 @@ class Ask:
     tokens per answer that the client named. units: the most that it uses of what is not tokens; of images whose size or
     quality is AUTO, the dearest are meant. hides_output: what its stream shows says nothing about its cost, so that the
     most is held at once. indivisible: its output cannot be limited, so that the most is held or nothing.
-    likely_audio_ms: how long its audio probably is, for where no upstream tells. answer_format: by the API's own name;
-    empty where there is one only.
+    likely_audio_ms: how long its audio probably is, for where no upstream tells; exact_audio: that is no guess.
+    answer_format: by the API's own name; empty where there is one only.
     """
 
     operation: Operation
@@ -71,6 +71,7 @@ class Ask:
     hides_output: bool = False
     indivisible: bool = False
     likely_audio_ms: int = 0
+    exact_audio: bool = False
     answer_format: str = ""
 
     def of_size(self, size_bytes: int) -> "Ask":

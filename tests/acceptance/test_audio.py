@@ -210,6 +210,17 @@ async def test_a_recording_may_be_charged_by_tokens(bench: Bench) -> None:
     assert (await transcribe(bench, MP3, says(untold), model=TOKENS)).cost == token_cost(0, 45, 3)
 
 
+@pytest.mark.parametrize(
+    ("answer_format", "said"),
+    [("srt", "1\n00:00:00,000 --> 00:00:01,000\nHi.\n"), ("text", ""), ("json", json.dumps({"text": ""}))],
+)
+async def test_a_length_that_is_known_counts_whatever_was_understood(
+    bench: Bench, answer_format: str, said: str
+) -> None:
+    async with bench.charging(by_ms(7500)):
+        await transcribe(bench, wav(7.5), gives(said.encode(), "text/plain"), response_format=answer_format)
+
+
 async def test_silence_that_was_listened_to_is_paid_for(bench: Bench) -> None:
     """It has no text, but the upstream says what it took to find that out."""
     said = {"text": "", "usage": token_usage(0, 900, 1)}
