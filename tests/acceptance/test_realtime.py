@@ -802,7 +802,9 @@ async def test_sessions_beside_each_other_spend_no_more_than_there_is(bench: Ben
             return paid
 
         paid = sum(await asyncio.gather(*(talk() for _ in range(10))))
-        assert 0 < paid <= await account.spent() <= account.grant
+        spent = await account.spent()
+        assert paid <= spent <= account.grant  # what was cut is charged too, though no response tells its cost
+        assert spent > 0
         assert "wrote off" not in bench.gateway.stderr
 
 
