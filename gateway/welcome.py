@@ -54,8 +54,7 @@ def welcome(config: GatewayConfig, address: Address, admin: Address, secret: str
     if config.demo:
         lines += [
             f"DEMO MODEL: no upstream has a key ({', '.join(config.upstreams)}), so a small built-in model answers, at",
-            "the same prices. Give an upstream its api_key to serve real models; the configuration that ships takes it",
-            "from IONET_API_KEY.",
+            "the same prices. Real models answer once an upstream's api_key has a value (as shipped: IONET_API_KEY).",
             "",
         ]
     lines += [f"metrics   http://{_reachable(admin)}/metrics", f"base URL  {base}"]

@@ -30,7 +30,8 @@ class Excuses:
                 self._reports.decide(exchange, "denied", STORE_UNAVAILABLE)
                 return self._reports.fail(exchange, errors.store_unavailable())
             case UnknownPlan():
-                log.error("%s: %s", exchange.id, error)
+                account = exchange.identity.account if exchange.identity else ""
+                log.error("%s: %s; move its account: accounts set-plan %s PLAN", exchange.id, error, account)
                 return self._reports.fail(exchange, errors.plan_not_configured(error.plan))
             case UpstreamError():
                 log.warning("%s: the upstream did not answer: %s", exchange.id, error)

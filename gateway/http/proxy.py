@@ -67,6 +67,7 @@ class Proxy:
         self._reports = Reports(metrics)
         self._models = ModelsList(config.models, config.upstreams, client)
         self._description = Description(config)
+        _warn_of_unused(config)
         self._excuses = Excuses(self._reports)
         forecast = OutputForecast()
         self._reserving = Reserving(engine, self._reports, forecast, config.plans)
@@ -84,6 +85,7 @@ class Proxy:
         self._reserving.use(config.plans)
         self._models.use(config.models, config.upstreams)
         self._description = Description(config)
+        _warn_of_unused(config)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request of the data listener. Never raises but for cancellation."""
@@ -273,6 +275,12 @@ class Proxy:
         return web.Response(
             body=self._description.body, content_type="application/json", headers=request_headers(exchange)
         )
+
+
+def _warn_of_unused(config: GatewayConfig) -> None:
+    for pattern in config.passthrough:
+        if pattern in APIS or pattern in FREE_APIS or pattern == "/models":
+            log.warning("passthrough.%s has no effect: the gateway meters that path itself", pattern)
 
 
 def _secret_of(headers: Mapping[str, str]) -> str | None:

@@ -149,8 +149,9 @@ def read_free(config: GatewayConfig, api: FreeApi, raw: bytes) -> tuple[Upstream
 
 
 def _renamed(body: dict[str, Any], model: Model) -> dict[str, Any]:
-    """The body with the model as its upstream calls it."""
-    return {**body, "model": model.sent_as} if model.sent_as else body
+    """The body with the model as its upstream calls it, which may be another than the one that was asked for."""
+    name = model.sent_as or (model.name if "model" in body else None)
+    return body if body.get("model") == name else {**body, "model": name}
 
 
 def _model_of(config: GatewayConfig, body: object) -> Model | None:

@@ -170,6 +170,9 @@ async def test_the_third_answers_where_two_fail(bench: Bench) -> None:
     bench.will(first=FAILS["503"], second=FAILS["429"])
     answer = await bench.ask(body_of())
     assert (answer.headers["x-credits-model"], answer.cost, bench.counts) == ("third", cost_of("third"), [1, 1, 1])
+    # Each is asked for by its own name, or by what its upstream calls it.
+    names = [upstream.asked[-1].document["model"] for upstream in bench.upstreams.values()]
+    assert names == ["first", "the/second-one", "third"]
     last = bench.gateway.cli("ledger", "tail", "default")["data"][-1]
     assert last["model"] == "first"
     assert last["extra"]["note"]["answered_by"] == "third"

@@ -78,7 +78,7 @@ def test_snippets_get_an_answer(gateway: Gateway, mark: str) -> None:
 def test_the_media_snippet_gets_priced_answers(tmp_path: Path) -> None:
     config = REPOSITORY / "config" / "openai" / "gateway.yaml"
     assert "--config config/openai/gateway.yaml" in README
-    with running_gateway(config, data_dir=tmp_path / "data", env={"OPENAI_API_KEY": ""}) as gateway:
+    with running_gateway(config, data_dir=tmp_path / "data", env={"OPENAI_UPSTREAM_KEY": ""}) as gateway:
         environment = {**os.environ, "OPENAI_BASE_URL": gateway.base_url, "OPENAI_API_KEY": gateway.key or ""}
         command = ["bash", "-euc", block("snippet: media")]
         ended = subprocess.run(
