@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -136,13 +136,14 @@ def running_gateway(
     data_dir: Path,
     env: Mapping[str, str] | None = None,
     clock: MovableClock | None = None,
+    options: Sequence[str] = (),
 ) -> Iterator[Gateway]:
     """Run the gateway with an embedded store in data_dir until the block ends; a plain ``with``, also in async tests.
 
-    config: a file, or what to write into one; listeners and data directory are given on the command line. clock: what
-    the gateway, its store and ``cli`` take for the time. Raises RuntimeError with its stderr if it does not get ready,
-    does not end on SIGTERM or ends with a code other than 0; a block that kills it or waits for its end decides about
-    that itself.
+    config: a file, or what to write into one; listeners and data directory are given on the command line, and
+    what else options say. clock: what the gateway, its store and ``cli`` take for the time. Raises RuntimeError with
+    its stderr if it does not get ready, does not end on SIGTERM or ends with a code other than 0; a block that kills it or
+    waits for its end decides about that itself.
     """
     with tempfile.TemporaryDirectory(prefix="qg-serve-") as name:
         directory = Path(name)
@@ -150,7 +151,7 @@ def running_gateway(
         path = config if isinstance(config, Path) else directory / "config.yaml"
         if not isinstance(config, Path):
             path.write_text(yaml.safe_dump(config))
-        process = _spawn(path, directory, data_dir, environment)
+        process = _spawn(path, directory, data_dir, environment, options)
         gateway: Gateway | None = None
         try:
             base_url, admin_url, key = _wait_until_ready(process, directory)
@@ -194,9 +195,11 @@ def _run_here(config: Path, *arguments: str, environment: Mapping[str, str]) -> 
         return CompletedProcess(words, code, stdout.getvalue(), stderr.getvalue())
 
 
-def _spawn(config: Path, directory: Path, data_dir: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _spawn(
+    config: Path, directory: Path, data_dir: Path, environment: Mapping[str, str], options: Sequence[str]
+) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "gateway", "serve", "--config", str(config), "--data-dir", str(data_dir)]
-    command += ["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"]
+    command += ["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", *options]
     # Files, not pipes: nobody reads along, and a full pipe would stop the gateway.
     with (directory / "stdout").open("wb") as stdout, (directory / "stderr").open("wb") as stderr:
         return subprocess.Popen(

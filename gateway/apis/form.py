@@ -1,18 +1,18 @@
 """A request's body in ``multipart/form-data``, as the endpoints see it: text fields, and files that stay on disk."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import orjson
 
 from gateway.domain.request import InvalidRequest
+from gateway.domain.value import value
 
 #: What is kept of a file's beginning, to see how long its audio is.
 HEAD_BYTES = 4096
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class File:
     """One file of a form. name: of its field. head: its first HEAD_BYTES. content: all of it, open for reading."""
 
@@ -24,7 +24,7 @@ class File:
     content: BinaryIO
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Form:
     """fields: in the order in which they came, names as they were written. digest: SHA-256 of all of it, hex. leave:
     called when the files' room on disk is given back."""
@@ -43,17 +43,17 @@ class Form:
         upstream's guess.
         """
         document: dict[str, Any] = {}
-        for written, value in self.fields:
+        for written, text in self.fields:
             name, bracket, _ = written.partition("[")
             if bracket:
                 document.setdefault(name, [])
                 if not isinstance(document[name], list):
                     raise _twice(name)
-                document[name].append(value)
+                document[name].append(text)
             elif name in document:
                 raise _twice(name)
             else:
-                document[name] = _typed(name, value) if name in typed else value
+                document[name] = _typed(name, text) if name in typed else text
         for file in self.files:
             name = file.name.partition("[")[0]
             others = document.setdefault(name, [])

@@ -1,14 +1,14 @@
 """Endpoints that cost nothing: forwarded as they are, for whoever has a key."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from gateway.apis.api import Dialect
 from gateway.apis.messages import Messages
 from gateway.domain.request import InvalidRequest
+from gateway.domain.value import value
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class FreeApi:
     """path: below ``/v1``. default_model: the one that is meant where a body names none; empty: it must. parameters:
     those of the URL's query that are forwarded. dialect: of its errors."""

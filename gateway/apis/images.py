@@ -2,7 +2,6 @@
 tokens, or both."""
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -16,6 +15,7 @@ from gateway.domain.metered import Images, Metered
 from gateway.domain.model import Model
 from gateway.domain.price import AUTO
 from gateway.domain.request import Ask, Bound, InvalidRequest
+from gateway.domain.value import value
 from gateway.upstream.usage import Answer, Usage
 
 MAX_IMAGES = 10
@@ -31,7 +31,7 @@ _STREAMED = frozenset({"stream", "partial_images"})
 _NUMBERS = frozenset({"n", "output_compression", "partial_images", "stream"})
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Pictures(Answer):
     """A whole answer. count: pictures in it. size, quality: as it says; AUTO where it does not."""
 

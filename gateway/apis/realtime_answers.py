@@ -1,6 +1,6 @@
 """What the upstream says on the realtime websocket: output while it flows, and the usage at a response's end."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from math import ceil
 from typing import Any
 
@@ -9,13 +9,14 @@ import orjson
 from gateway.apis.realtime_audio import PCM_BYTES_PER_S, decoded_bytes, duration_ms, most_tokens
 from gateway.config.model import CountOutput
 from gateway.domain.metered import Metered
+from gateway.domain.value import value
 from gateway.upstream.count import OutputCount
 from gateway.upstream.usage import count
 
 _MOST_SECONDS = 10**6
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class ServerEvent:
     """An event of the upstream's. text and audio_bytes: the output in it; response_id: whose it is, empty for none's.
     refused: the client's event that an error is about, empty for none. repeats: the output was in other events before,
@@ -118,7 +119,7 @@ class OutputTally:
         return most_tokens(self._audio_ms)
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class RealtimeUsage:
     """What a response used, as the upstream says, each ≥ 0 but otherwise unchecked."""
 
@@ -176,7 +177,7 @@ def read_usage(response: dict[str, Any]) -> RealtimeUsage | None:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class TranscriptUsage:
     """What a transcription used, as the upstream says; None for what it does not say."""
 

@@ -12,11 +12,12 @@ from gateway.apis.realtime_audio import PCM_BYTES_PER_S, duration_ms, estimated_
 from gateway.apis.realtime_events import Content
 from gateway.domain.metered import Metered
 from gateway.domain.request import BYTES_PER_TOKEN
+from gateway.domain.value import value
 
 _MOST_ENTRIES = 1000
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Size:
     """Tokens of input. most: the bound. text, audio: what is charged where no usage says what it was. told: what an
     earlier usage told of, which is then charged as read from the cache."""
@@ -49,7 +50,7 @@ class _Entry:
     size: Size
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Reach:
     """Up to where the conversation has surely reached the model: entries before number, and audio up to audio_ms."""
 

@@ -4,7 +4,6 @@ Everything whose effect on the cost is not known is refused, as in the bodies of
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -13,6 +12,7 @@ from gateway.apis.fields import items, mapping, only, refuse_unknown, text, whol
 from gateway.apis.realtime_audio import bytes_per_second, decoded_bytes
 from gateway.apis.text import as_template_writes
 from gateway.domain.request import InvalidRequest
+from gateway.domain.value import value
 
 # What an event may hold at most: parsing takes seconds and gigabytes where megabytes of it are brackets.
 _MOST_CONTAINERS = 50_000
@@ -61,7 +61,7 @@ class NotAnEvent(Exception):
     """What came is no JSON object with a type: nobody can say what it means."""
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Content:
     """What an event puts before the model. text_bytes: UTF-8 bytes of its JSON. anything: it holds, or refers to,
     what is bounded by the context window alone."""
@@ -82,7 +82,7 @@ class Content:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class ClientEvent:
     """An event that may be forwarded, as ``document``.
 

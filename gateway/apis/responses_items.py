@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import orjson
 
+from gateway.domain.value import value
 from gateway.upstream.sse import MAX_EVENT_BYTES, BrokenStream
 from gateway.upstream.usage.shown import as_text
 
@@ -24,7 +25,7 @@ _KNOWN_ITEMS = (*CALLS, "message", "reasoning")
 _EMPTY_BYTES = 256
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Kind:
     """A kind of text in an item. stem: of its events' names. group: the item's field where it stands; index: the
     events' field that says where in that; text: the field that holds it in a part and in the event that ends it.

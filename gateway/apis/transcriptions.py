@@ -1,7 +1,6 @@
 """POST /audio/transcriptions and /audio/translations: a recording in, its text out, paid by the second or by tokens."""
 
 import re
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
@@ -16,6 +15,7 @@ from gateway.config.model import CountOutput
 from gateway.domain.metered import Metered
 from gateway.domain.model import Model
 from gateway.domain.request import BYTES_PER_TOKEN, Ask, Bound, InvalidRequest
+from gateway.domain.value import value
 from gateway.upstream.usage import Answer, Usage
 
 #: Tokens of a second of speech, as models that count them do. Only used where no upstream told the tokens.
@@ -26,7 +26,7 @@ _DOCUMENTS = ("json", "verbose_json", "diarized_json")
 _TEXTS = ("text", "srt", "vtt")
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Transcript(Answer):
     """A whole answer. audio_ms: how long the recording is, as it says; None where it does not."""
 

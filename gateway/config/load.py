@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from gateway.config.checks import check_counting, check_listeners, check_models, check_plans, check_upstream_keys
 from gateway.config.document import UNREADABLE, Document, Text, quoted, read_document
@@ -287,7 +288,7 @@ def _tier(raw: RawTier, base: TokenPrices) -> Tier:
     return Tier(raw.above_input_tokens, replace(base, **_token_figures(raw)))
 
 
-def _token_figures(raw: RawTokenPrices) -> dict[str, int]:
+def _token_figures(raw: RawTokenPrices) -> dict[str, Any]:
     """The prices that are written, as TokenPrices names them."""
     prices = {name: getattr(raw, name) for name in RawTokenPrices.model_fields}
     return {name.replace("_token_price", "_femto"): price for name, price in prices.items() if price is not None}

@@ -2,18 +2,18 @@
 
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import Literal
 
 from gateway.credits.api_keys import KeyDigest, digest_of
 from gateway.credits.keyspace import shard_keys
 from gateway.credits.store import Store
+from gateway.domain.value import value
 
 _TTL_S = 60.0  # a revoked key is refused at once by the reservation itself; this bounds the free endpoints
 _MOST = 10_000
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Identity:
     """Who sends a request. source: what its key is for."""
 

@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from gateway.domain.value import value
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -39,7 +41,7 @@ class JournalError(Exception):
     """The journal cannot be written: the disk is full, or fails. The text is for the operator."""
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class JournalEntry:
     """What the store is still to be told about one reservation.
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 
 from gateway.domain.decision import Reserved
 from gateway.domain.plan import Plan
+from gateway.domain.value import value
 
 #: A reservation of a gateway that died ends this long after its last renewal.
 LEASE_MS = 60_000
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Seen:
     """What a request has cost so far (list price, femto-credits), and the ledger's note, were that to be charged."""
 
@@ -42,6 +43,6 @@ class Reservation:
         return self.reserved.reservation_id
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Refused:
     """No decision about credits was possible: the key is not (or no longer) valid."""

@@ -4,7 +4,7 @@ None of these repeats anything; ``service.py`` does, by id. All raise StoreUnava
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Literal
 
@@ -15,11 +15,12 @@ from gateway.domain.decision import Extended, Funds, Repeated, Reserved, Settlem
 from gateway.domain.money import format_credits
 from gateway.domain.plan import Plan
 from gateway.domain.price import Cost
+from gateway.domain.value import value
 
 CreditKind = Literal["grant", "refund", "deduct"]
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class NotReserved:
     """Why nothing is held. plan: with other_plan the account's plan. funds: with denied."""
 
@@ -28,7 +29,7 @@ class NotReserved:
     funds: Funds | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class RepeatKey:
     """A client's idempotency key and the body that came with it, as hashes of 24 hex digits each."""
 

@@ -9,7 +9,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 from gateway.credits import scripts
@@ -31,6 +31,7 @@ from gateway.domain.decision import Denied, Extended, Repeated, Reserved, Settle
 from gateway.domain.money import MAX_NANO
 from gateway.domain.plan import Plan
 from gateway.domain.price import FEMTO_PER_NANO, Cost, cost_of
+from gateway.domain.value import value
 from gateway.telemetry.metrics import Metrics
 
 __all__ = ["LEASE_MS", "CreditEngine", "Identity", "Refused", "RepeatKey", "Reservation", "Seen"]
@@ -323,7 +324,7 @@ class CreditEngine:
             self._plan_names.popitem(last=False)
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class _Wanted:
     """What a request would hold, at list prices."""
 

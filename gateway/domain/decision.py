@@ -1,14 +1,14 @@
 """What the engine answers. A denial is a value like any other."""
 
-from dataclasses import dataclass
 from typing import Literal
 
 from gateway.domain.plan import FULL_RATE_PPM, Plan
+from gateway.domain.value import value
 
 Source = Literal["allowance", "payg", "mixed"]
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class WindowFunds:
     """One window of an allowance. refresh_ms: its length. resets_at_ms: its end, milliseconds since 1970.
     next_granted_nano: what the next window will grant."""
@@ -29,7 +29,7 @@ class WindowFunds:
 _NO_WINDOW = WindowFunds(0, 0, 0, 0, 0, 0)
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Funds:
     """An account's credits at one moment of the store's clock, in nano-credits.
 
@@ -46,6 +46,8 @@ class Funds:
     @property
     def tightest(self) -> WindowFunds:
         """The window that decides: the least remains in it; of several such, the one that refreshes last."""
+        if len(self.windows) == 1:
+            return self.windows[0]
         return min(self.windows, key=lambda window: (window.remaining_nano, -window.resets_at_ms), default=_NO_WINDOW)
 
     @property
@@ -89,7 +91,7 @@ class Funds:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Reserved:
     """Credits are held. payg_nano is the list-price cost that the hold covers: at least the minimum asked
     for, at most the amount asked for."""
@@ -111,7 +113,7 @@ class Reserved:
         return source_of(self.from_allowance_nano, self.from_balance_nano)
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Extended:
     """A hold as it is after it was extended. payg_nano: the list-price cost that it covers now; less than was asked for
     where credits ran short. open: whether the reservation still is."""
@@ -128,7 +130,7 @@ class Extended:
         return self.from_allowance_nano + self.from_balance_nano
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Repeated:
     """The client sent an idempotency key again. cost_nano: what the first request was charged, once answered."""
 
@@ -140,7 +142,7 @@ class Repeated:
 Reason = Literal["credits_in_flight", "refresh_soon", "allowance_spent", "exceeds_balance", "no_credits"]
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Denied:
     """Not admitted; nothing was written. required_nano: the least that the request would have had to hold. window: the
     one whose refresh brings that, or else the one that decides; None on a plan without an allowance."""
@@ -151,7 +153,7 @@ class Denied:
     window: WindowFunds | None
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Settlement:
     """How a reservation ended: who paid what, in nano-credits. state: settled, voided,
     expired or refunded. repeated: it had ended before. funds: the account afterwards; None after a release."""

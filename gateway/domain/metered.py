@@ -1,11 +1,11 @@
 """What a request used, by everything that can have a price."""
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
-_UNSAID = ("images", "requests")
+from gateway.domain.value import value
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Images:
     """Images that were made alike. size and quality: as the API writes them, ``1024x1024`` and ``high``."""
 
@@ -14,7 +14,7 @@ class Images:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Metered:
     """What one request used, each figure ≥ 0.
 
@@ -54,5 +54,8 @@ class Metered:
 
     def figures(self) -> dict[str, int]:
         """By kind, what is not zero; that it is one request goes without saying."""
-        counts = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _UNSAID}
-        return {name: count for name, count in {**counts, "images": self.image_count}.items() if count}
+        counts = {name: count for name in _COUNTS if (count := getattr(self, name))}
+        return {**counts, "images": self.image_count} if self.images else counts
+
+
+_COUNTS = tuple(field.name for field in fields(Metered) if field.name not in ("images", "requests"))

@@ -1,14 +1,13 @@
 """What the gateway knows of a model that it sells."""
 
-from dataclasses import dataclass
-
 from gateway.domain.price import Prices
+from gateway.domain.value import value
 
 #: How many other models may answer in a model's place.
 MAX_FALLBACKS = 4
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Model:
     """A priced model and the upstream that serves it.
 

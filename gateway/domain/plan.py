@@ -1,7 +1,8 @@
 """Plans: what an account may spend, how often it refreshes and at which rate."""
 
-from dataclasses import dataclass
 from typing import Literal
+
+from gateway.domain.value import value
 
 DAY_MS = 86_400_000
 
@@ -9,7 +10,7 @@ DAY_MS = 86_400_000
 FULL_RATE_PPM = 1_000_000
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Allowance:
     """Credits granted again in every window.
 
@@ -30,7 +31,7 @@ OnLost = Literal["charge_seen", "charge_hold", "release"]
 MAX_WINDOWS = 4
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Plan:
     """One plan of the configuration.
 

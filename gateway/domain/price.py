@@ -5,13 +5,14 @@ afterwards, by ``femto`` of what it used.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from decimal import Decimal
 from itertools import product
 from types import MappingProxyType
 
 from gateway.domain.metered import Metered
 from gateway.domain.plan import FULL_RATE_PPM
+from gateway.domain.value import value
 
 #: Prices are held as femto-credits (1e-15 credit) per unit: 0.0305 USD per million tokens is 30_500_000 per token.
 FEMTO_PER_CREDIT = 10**15
@@ -23,7 +24,7 @@ AUTO = "auto"
 MAX_TIERS = 4
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Cost:
     """What a use costs, in nano-credits: at list price from prepaid credits, at the plan's rate from the
     allowance. Each is rounded once, up, from the same exact figure."""
@@ -32,7 +33,7 @@ class Cost:
     plan_nano: int
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class TokenPrices:
     """List prices in femto-credits per token, each ≥ 0. None for a part of the input: the input price; for a part of
     the output: the output price."""
@@ -46,57 +47,60 @@ class TokenPrices:
     audio_output_femto: int | None = None
     image_output_femto: int | None = None
     reasoning_femto: int | None = None
+    _input_kinds: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _output_kinds: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        given, made = self.input_femto, self.output_femto
+        inputs = (self.cache_read_femto, self.cache_write_femto, self.audio_input_femto, self.image_input_femto)
+        outputs = (self.audio_output_femto, self.image_output_femto, self.reasoning_femto)
+        object.__setattr__(self, "_input_kinds", tuple(_or(kind, given) for kind in inputs))
+        object.__setattr__(self, "_output_kinds", tuple(_or(kind, made) for kind in outputs))
 
     @property
     def cache_read(self) -> int:
         """What a token read from the cache costs, in femto-credits."""
-        return _or(self.cache_read_femto, self.input_femto)
+        return self._input_kinds[0]
 
     @property
     def cache_write(self) -> int:
         """What a token written to the cache costs, in femto-credits."""
-        return _or(self.cache_write_femto, self.input_femto)
+        return self._input_kinds[1]
 
     def femto(self, metered: Metered) -> int:
         """The exact cost of the tokens in femto-credits."""
+        cache_read, cache_write, audio_input, image_input = self._input_kinds
+        audio_output, image_output, reasoning = self._output_kinds
         return (
             metered.plain_input * self.input_femto
-            + metered.cache_read * self.cache_read
-            + metered.cache_write * self.cache_write
-            + metered.audio_input * _or(self.audio_input_femto, self.input_femto)
-            + metered.image_input * _or(self.image_input_femto, self.input_femto)
+            + metered.cache_read * cache_read
+            + metered.cache_write * cache_write
+            + metered.audio_input * audio_input
+            + metered.image_input * image_input
             + metered.plain_output * self.output_femto
-            + metered.audio_output * _or(self.audio_output_femto, self.output_femto)
-            + metered.image_output * _or(self.image_output_femto, self.output_femto)
-            + metered.reasoning * _or(self.reasoning_femto, self.output_femto)
+            + metered.audio_output * audio_output
+            + metered.image_output * image_output
+            + metered.reasoning * reasoning
         )
 
     def figures(self) -> list[str]:
         """All that is charged, whether it was written or not: equal for equal prices."""
-        usual = (self.input_femto, self.output_femto, self.cache_read, self.cache_write)
-        others = (
-            _or(self.audio_input_femto, self.input_femto),
-            _or(self.image_input_femto, self.input_femto),
-            _or(self.audio_output_femto, self.output_femto),
-            _or(self.image_output_femto, self.output_femto),
-            _or(self.reasoning_femto, self.output_femto),
-        )
+        usual = (self.input_femto, self.output_femto, *self._input_kinds[:2])
+        others = (*self._input_kinds[2:], *self._output_kinds)
         # What has no price of its own is left out: a version of four prices is older than all the others.
         plain = (*[self.input_femto] * 2, *[self.output_femto] * 3)
         return [*map(str, usual), *([repr(others)] if others != plain else [])]
 
     def dearest_input_femto(self) -> int:
         """The most that one input token can cost, whichever kind the upstream will say it was."""
-        kinds = (self.cache_read_femto, self.cache_write_femto, self.audio_input_femto, self.image_input_femto)
-        return max(_or(kind, self.input_femto) for kind in (None, *kinds))
+        return max(self.input_femto, *self._input_kinds)
 
     def dearest_output_femto(self) -> int:
         """The most that one output token can cost."""
-        kinds = (self.audio_output_femto, self.image_output_femto, self.reasoning_femto)
-        return max(_or(kind, self.output_femto) for kind in (None, *kinds))
+        return max(self.output_femto, *self._output_kinds)
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Tier:
     """What tokens cost in a request of more than above_input_tokens: all of its tokens, not only those above."""
 
@@ -104,7 +108,7 @@ class Tier:
     tokens: TokenPrices
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Prices:
     """List prices of one model, in femto-credits, each ≥ 0.
 
@@ -120,6 +124,21 @@ class Prices:
     audio_ms_femto: int | None = None
     character_femto: int | None = None
     images: Mapping[tuple[str, str], int] = field(default_factory=lambda: MappingProxyType({}))
+    # By reach, downwards: the dearest input token and output token of a request with more input than that.
+    _dearest: tuple[tuple[int, int, int], ...] = field(init=False, repr=False, compare=False)
+    _sells_units: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        reach: list[tuple[int, int, int]] = []
+        dearest_input = dearest_output = 0
+        for above, tokens in ((-1, self.tokens), *((tier.above_input_tokens, tier.tokens) for tier in self.tiers)):
+            if tokens is not None:
+                dearest_input = max(dearest_input, tokens.dearest_input_femto())
+                dearest_output = max(dearest_output, tokens.dearest_output_femto())
+            reach.insert(0, (above, dearest_input, dearest_output))
+        object.__setattr__(self, "_dearest", tuple(reach))
+        units = self.request_femto or self.audio_ms_femto or self.character_femto or self.images
+        object.__setattr__(self, "_sells_units", bool(units))
 
     def figures(self) -> list[str]:
         """All that is charged, whether it was written or not: equal for equal prices."""
@@ -136,6 +155,8 @@ class Prices:
 
     def units_femto(self, metered: Metered) -> int:
         """The part of the cost that is not tokens."""
+        if not self._sells_units:
+            return 0
         return (
             metered.requests * _or(self.request_femto, 0)
             + metered.audio_ms * _or(self.audio_ms_femto, 0)
@@ -149,15 +170,19 @@ class Prices:
 
     def most_femto(self, metered: Metered) -> int:
         """The most that a use up to metered can cost: each token of the dearest kind, at the dearest tier in reach."""
-        dearest_input, dearest_output = self.dearest_femto(metered.input)
-        return metered.input * dearest_input + metered.output * dearest_output + self.units_femto(metered)
+        return self.most_of(metered.input, metered.output, metered)
+
+    def most_of(self, input_tokens: int, output_tokens: int, units: Metered) -> int:
+        """The same of so many tokens, and of what in units is not tokens."""
+        dearest_input, dearest_output = self.dearest_femto(input_tokens)
+        return input_tokens * dearest_input + output_tokens * dearest_output + self.units_femto(units)
 
     def dearest_femto(self, input_tokens: int) -> tuple[int, int]:
         """The most that a token of the input, and one of the output, can cost in a request of up to input_tokens."""
-        if self.tokens is None:
-            return 0, 0
-        reach = [self.tokens, *(tier.tokens for tier in self.tiers if tier.above_input_tokens < input_tokens)]
-        return max(one.dearest_input_femto() for one in reach), max(one.dearest_output_femto() for one in reach)
+        for above, dearest_input, dearest_output in self._dearest:
+            if input_tokens > above:
+                return dearest_input, dearest_output
+        raise AssertionError("no count of tokens is below 0")
 
     def image_femto(self, size: str, quality: str) -> int:
         """What one image costs; 0 where images are not sold. Either may be AUTO, or have no price of its own."""

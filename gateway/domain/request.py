@@ -1,10 +1,11 @@
 """What a request asks of a model, and the most that it can use."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from gateway.domain.metered import Images, Metered
 from gateway.domain.model import Model
+from gateway.domain.value import value
 
 Operation = Literal[
     "chat",
@@ -41,7 +42,7 @@ class InvalidRequest(ValueError):
         self.param = param
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Ask:
     """What a request asks for.
 
@@ -75,11 +76,13 @@ class Ask:
     answer_format: str = ""
 
     def of_size(self, size_bytes: int) -> "Ask":
-        """The same, with the size of the body that will be forwarded added."""
-        return self if self.input_bytes is None else replace(self, input_bytes=self.input_bytes + size_bytes)
+        """Itself, with the size of the body that will be forwarded added: once, by who has read it."""
+        if self.input_bytes is not None:  # a copy of so many fields takes 5 µs
+            object.__setattr__(self, "input_bytes", self.input_bytes + size_bytes)
+        return self
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Bound:
     """The most that a request can use: input tokens in all, output tokens of each of its answers, and what is not
     tokens. indivisible: less output cannot be asked for."""
@@ -91,11 +94,18 @@ class Bound:
     units: Metered = NO_UNITS
     indivisible: bool = False
 
+    def output_tokens(self, output_tokens_each: int) -> int:
+        """The output of all answers if each has output_tokens_each tokens, with the prompts that they repeat."""
+        return self.answers * (output_tokens_each + (self.input_tokens if self.echo else 0))
+
+    @property
+    def most_output_tokens(self) -> int:
+        """The most output of all answers."""
+        return self.output_tokens(self.output_tokens_each)
+
     def metered(self, output_tokens_each: int) -> Metered:
         """The use if every answer has output_tokens_each tokens."""
-        echoed = self.input_tokens if self.echo else 0
-        output = self.answers * (output_tokens_each + echoed) if self.answers else 0
-        return replace(self.units, input=self.input_tokens, output=output)
+        return replace(self.units, input=self.input_tokens, output=self.output_tokens(output_tokens_each))
 
 
 def bound_of(ask: Ask, model: Model) -> Bound:
@@ -122,6 +132,8 @@ def bound_of(ask: Ask, model: Model) -> Bound:
 
 def _most_units(units: Metered, model: Model) -> Metered:
     """What is not tokens, as far as the model goes: of images the dearest that can be meant."""
+    if units is NO_UNITS:
+        return units
     images = tuple(
         Images(*model.prices.dearest_image(images.size, images.quality), images.count) for images in units.images
     )
@@ -145,7 +157,7 @@ def affordable_output(bound: Bound, model: Model, femto: int) -> int:
 
 def worst_femto(bound: Bound, model: Model, output_tokens_each: int) -> int:
     """The dearest cost that the use can have, in femto-credits: all input at the dearest input price."""
-    return model.prices.most_femto(bound.metered(output_tokens_each))
+    return model.prices.most_of(bound.input_tokens, bound.output_tokens(output_tokens_each), bound.units)
 
 
 def estimated_input(ask: Ask, bound: Bound) -> int:

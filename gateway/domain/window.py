@@ -5,13 +5,13 @@ serves displays and is what the tests compare the Lua with.
 """
 
 from calendar import monthrange
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from gateway.domain.plan import DAY_MS, Allowance
+from gateway.domain.value import value
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Window:
     """A half-open span of UTC time, in milliseconds since 1970, and the credits that it grants."""
 

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import lru_cache
 
 import orjson
 from aiohttp import web
@@ -77,6 +78,7 @@ class Failure:
         )
 
 
+@lru_cache(maxsize=256)
 def rfc3339(epoch_ms: int) -> str:
     """UTC, to the second."""
     return datetime.fromtimestamp(epoch_ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -487,12 +489,13 @@ def _funds_metadata(denial: Denied, plan: Plan) -> dict[str, object]:
 
 def funds_headers(funds: Funds) -> dict[str, str]:
     """What is left, for every metered answer."""
+    window = funds.tightest
     headers = {
-        "x-credits-allowance-remaining": format_credits(funds.allowance_remaining_nano),
+        "x-credits-allowance-remaining": format_credits(window.remaining_nano),
         "x-credits-balance": format_credits(funds.balance_nano),
     }
-    if funds.resets_at_ms is not None:
-        headers["x-credits-allowance-resets-at"] = rfc3339(funds.resets_at_ms)
+    if funds.windows:
+        headers["x-credits-allowance-resets-at"] = rfc3339(window.resets_at_ms)
     return headers
 
 

@@ -1,8 +1,8 @@
 """One request on its way through the proxy, and what its answer says about credits."""
 
-import secrets
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import orjson
@@ -19,6 +19,21 @@ from gateway.domain.request import Ask
 from gateway.http.errors import funds_headers, rfc3339
 from gateway.upstream.sse import EventStream
 
+_NOTHING = Metered()
+_NUMBER_BYTES, _DRAWN_AT_ONCE = 12, 256
+
+
+def _drawn_numbers() -> Iterator[str]:
+    """Requests' own numbers, 24 hex digits that nobody can guess. The kernel's random bytes take 4 µs whether they are
+    for one or for many."""
+    while True:
+        drawn = os.urandom(_NUMBER_BYTES * _DRAWN_AT_ONCE).hex()
+        for at in range(0, len(drawn), 2 * _NUMBER_BYTES):
+            yield drawn[at : at + 2 * _NUMBER_BYTES]
+
+
+_numbers = _drawn_numbers()
+
 
 @dataclass(slots=True)
 class Exchange:
@@ -32,14 +47,14 @@ class Exchange:
     config: GatewayConfig
     from_page: bool = False
     dialect: Dialect = "openai"
-    number: str = field(default_factory=lambda: secrets.token_hex(12))
+    number: str = field(default_factory=lambda: next(_numbers))
     started: float = field(default_factory=time.perf_counter)
     identity: Identity | None = None
     ask: Ask | None = None
     reservation: Reservation | None = None
     ended: bool = False
     settlement: Settlement | None = None
-    metered: Metered = field(default_factory=lambda: Metered(0, 0))
+    metered: Metered = _NOTHING
     slices: Mapping[str, int | None] = field(default_factory=dict)
     answering: Model | None = None
     body_broke: bool = False
@@ -88,7 +103,8 @@ def credit_headers(exchange: Exchange) -> dict[str, str]:
         headers["x-credits-model"] = exchange.answering.name
     if exchange.max_tokens is not None:
         headers["x-credits-max-tokens"] = str(exchange.max_tokens)
-    return headers | funds_headers(funds)
+    headers |= funds_headers(funds)
+    return headers
 
 
 def cost_fields(settlement: Settlement | None) -> Mapping[str, object] | None:

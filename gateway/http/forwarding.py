@@ -5,7 +5,7 @@ import logging
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import orjson
@@ -57,23 +57,34 @@ class Forwarding:
         self, exchange: Exchange, request: web.BaseRequest, quote: Quote, reservation: Reservation
     ) -> web.StreamResponse:
         """Forward within what is held, to the first model whose upstream takes it, and charge the answer."""
-        last = (quote, *quote.alternatives)[-1]
-        for one in (quote, *quote.alternatives):
-            async with AsyncExitStack() as stack:
-                try:
-                    sent, answer = await self._try(stack, exchange, request, one, reservation)
-                except UpstreamUnavailable as error:
-                    if one is last:
-                        raise
-                    log.warning(
-                        "%s: %s is not to be had, its fallback is asked: %s", exchange.id, one.model.name, error
-                    )
-                    continue
-                if one is not last and _is_the_upstreams_fault(answer.status):
-                    log.warning("%s: %s answers %d, its fallback is asked", exchange.id, one.model.name, answer.status)
-                    continue
-                return await self._answer(exchange, request, sent, answer)
-        raise AssertionError("the last model's answer is taken, whatever it is")
+        for one in (quote, *quote.alternatives[:-1]) if quote.alternatives else ():
+            response = await self._unless_it_fails(exchange, request, one, reservation)
+            if response is not None:
+                return response
+        last = quote.alternatives[-1] if quote.alternatives else quote
+        sent, upstream, body = self._prepared(exchange, last, reservation)
+        target, headers = _target_of(request, last.api), _headers_of(request, last.model)
+        async with self._sent(upstream, target, headers, body) as answer:
+            return await self._answer(exchange, request, sent, answer)
+
+    async def _unless_it_fails(
+        self, exchange: Exchange, request: web.BaseRequest, quote: Quote, reservation: Reservation
+    ) -> web.StreamResponse | None:
+        """The answer of a model that has a fallback; None where its upstream fails before it answers."""
+        sent, upstream, body = self._prepared(exchange, quote, reservation)
+        target, headers = _target_of(request, quote.api), _headers_of(request, quote.model)
+        answered = False
+        try:
+            async with self._sent(upstream, target, headers, body) as answer:
+                answered = not _is_the_upstreams_fault(answer.status)
+                if answered:
+                    return await self._answer(exchange, request, sent, answer)
+                log.warning("%s: %s answers %d, its fallback is asked", exchange.id, quote.model.name, answer.status)
+        except UpstreamUnavailable as error:
+            if answered:
+                raise
+            log.warning("%s: %s is not to be had, its fallback is asked: %s", exchange.id, quote.model.name, error)
+        return None
 
     async def unread(
         self, exchange: Exchange, request: web.BaseRequest, quote: Quote, target: str, body: UnreadBody
@@ -93,15 +104,10 @@ class Forwarding:
                 await self._passing.charge(exchange, quote)
             raise
 
-    async def _try(
-        self,
-        stack: AsyncExitStack,
-        exchange: Exchange,
-        request: web.BaseRequest,
-        quote: Quote,
-        reservation: Reservation,
-    ) -> tuple[Quote, UpstreamAnswer]:
-        """What was sent, and the answer, which is open as long as stack is."""
+    def _prepared(
+        self, exchange: Exchange, quote: Quote, reservation: Reservation
+    ) -> tuple[Quote, Upstream, bytes | Upload]:
+        """The quote within what is held, where it goes, and its body there."""
         started = time.perf_counter()
         upstream = exchange.config.upstreams[quote.model.upstream]
         quote = _within_hold(exchange, quote, reservation)
@@ -111,8 +117,7 @@ class Forwarding:
         else:
             body = forwarded_body(quote, upstream)
         self._reports.spent(exchange, "forward", started)
-        sent = self._sent(upstream, _target_of(request, quote.api), _headers_of(request, quote.model), body)
-        return quote, await stack.enter_async_context(sent)
+        return quote, upstream, body
 
     async def _answer(
         self, exchange: Exchange, request: web.BaseRequest, quote: Quote, answer: UpstreamAnswer
@@ -178,6 +183,8 @@ class Forwarding:
 
 def _headers_of(request: web.BaseRequest, model: Model) -> Mapping[str, str]:
     """The client's headers, without a beta that lets in more than is held for: Anthropic's wider context window."""
+    if _BETAS not in request.headers:
+        return request.headers
     betas = [beta.strip() for line in request.headers.getall(_BETAS, ()) for beta in line.split(",")]
     kept = [beta for beta in betas if _window_of(beta) <= model.context_window]
     if kept == betas:
@@ -195,8 +202,8 @@ def _window_of(beta: str) -> int:
 
 def _target_of(request: web.BaseRequest, api: Api | FreeApi) -> str:
     """The path below the upstream's base URL, and of the query what the endpoint knows, as it came."""
-    pairs = request.rel_url.raw_query_string.split("&")
-    known = "&".join(pair for pair in pairs if pair.partition("=")[0] in api.parameters)
+    query = request.rel_url.raw_query_string
+    known = "&".join(pair for pair in query.split("&") if pair.partition("=")[0] in api.parameters) if query else ""
     return f"{api.path}?{known}" if known else api.path
 
 
@@ -216,6 +223,8 @@ def _within_hold(exchange: Exchange, quote: Quote, reservation: Reservation) -> 
     affordable = affordable_output(quote.bound, quote.model, payable * FEMTO_PER_NANO)
     if affordable < quote.bound.output_tokens_each or affordable < (quote.ask.max_tokens or 0):
         exchange.max_tokens = affordable
+    if affordable == quote.bound.output_tokens_each:
+        return quote
     return replace(quote, bound=replace(quote.bound, output_tokens_each=affordable))
 
 

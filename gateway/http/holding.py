@@ -4,7 +4,6 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
 
 import orjson
 
@@ -18,6 +17,7 @@ from gateway.domain.model import Model
 from gateway.domain.plan import FULL_RATE_PPM, Plan
 from gateway.domain.price import FEMTO_PER_NANO
 from gateway.domain.request import least_output, worst_femto
+from gateway.domain.value import value
 from gateway.http.exchange import Exchange
 from gateway.http.quote import Quote
 from gateway.upstream.sse import UNLIMITED, EventStream
@@ -34,7 +34,7 @@ class CreditsEnded(Exception):
     """A stream has used up its hold, and the account has nothing free."""
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Holding:
     """What to reserve for a request, in femto-credits at list price.
 
@@ -116,10 +116,10 @@ class StreamHold:
         self._reservation = exchange.reservation
         self._model = model
         self._events = events
-        self._most = bound.metered(bound.output_tokens_each).output
-        self._slice = bound.metered(exchange.slices.get(model.name) or bound.output_tokens_each).output
+        self._most = bound.most_output_tokens
+        self._slice = bound.output_tokens(exchange.slices.get(model.name) or bound.output_tokens_each)
         # All but the output that grows.
-        self._fixed_femto = model.prices.most_femto(replace(bound.metered(0), output=0))
+        self._fixed_femto = model.prices.most_of(bound.input_tokens, 0, bound.units)
         self._output_femto = model.prices.dearest_femto(bound.input_tokens)[1]
         self._wanted = 0
         self._ended = False

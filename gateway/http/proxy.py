@@ -8,8 +8,8 @@ failed.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, closing, nullcontext
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -45,7 +45,7 @@ from gateway.upstream.client import UpstreamClient, UpstreamError
 
 log = logging.getLogger(__name__)
 
-_PREFIXES = ("/v1", "/api/v1")
+_PREFIXES = ("/v1/", "/api/v1/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class Proxy:
             await asyncio.wait(self._active, timeout=settle_s)
 
     async def _route(self, exchange: Exchange, request: web.BaseRequest) -> web.StreamResponse:
-        path = next((request.path[len(p) :] for p in _PREFIXES if request.path.startswith(p + "/")), "")
+        path = _below_prefix(request.path)
         if path == "/realtime":
             return await self._talk(exchange, request)
         if DESCRIPTION_PATH in (path, request.path):
@@ -179,23 +179,33 @@ class Proxy:
     async def _meter(
         self, api: Api, exchange: Exchange, request: web.BaseRequest, identity: Identity
     ) -> web.StreamResponse:
-        most_bytes = exchange.config.limits.upload_bytes
-        form = await read_form(request, most_bytes, self._uploads) if api.takes_form else None
-        if isinstance(form, Failure):
-            return self._reports.fail(exchange, form)
-        with nullcontext() if form is None else closing(form):
-            quote = await self._quote(exchange, request, api, form)
-            if isinstance(quote, Failure):
-                return self._reports.fail(exchange, quote)
-            key = request.headers.get("Idempotency-Key")
-            repeat = None if key is None else repeat_key(quote, identity.account, key)
-            if isinstance(repeat, Failure):
-                return self._reports.fail(exchange, repeat)
-            reservation = await self._reserving.reserve(exchange, identity, quote, repeat)
-            if isinstance(reservation, web.Response):
-                return reservation
-            async with self._ending(exchange, reservation):
-                return await self._forwarding.metered(exchange, request, quote, reservation)
+        if api.takes_form:
+            form = await read_form(request, exchange.config.limits.upload_bytes, self._uploads)
+            if isinstance(form, Failure):
+                return self._reports.fail(exchange, form)
+            if form is not None:
+                with closing(form):
+                    return await self._serve_quoted(exchange, request, identity, self._quote(exchange, api, form))
+        raw = await read_body(request, exchange.config.limits.body_bytes)
+        quote = raw if isinstance(raw, Failure) else self._quote(exchange, api, raw)
+        return await self._serve_quoted(exchange, request, identity, quote)
+
+    async def _serve_quoted(
+        self, exchange: Exchange, request: web.BaseRequest, identity: Identity, quote: Quote | Failure
+    ) -> web.StreamResponse:
+        if isinstance(quote, Failure):
+            return self._reports.fail(exchange, quote)
+        key = request.headers.get("Idempotency-Key")
+        repeat = None if key is None else repeat_key(quote, identity.account, key)
+        if isinstance(repeat, Failure):
+            return self._reports.fail(exchange, repeat)
+        reservation = await self._reserving.reserve(exchange, identity, quote, repeat)
+        if isinstance(reservation, web.Response):
+            return reservation
+        try:
+            return await self._forwarding.metered(exchange, request, quote, reservation)
+        finally:
+            await self._end(exchange, reservation)
 
     async def _pass_unread(
         self, rule: Passthrough, exchange: Exchange, request: web.BaseRequest, identity: Identity
@@ -208,23 +218,20 @@ class Proxy:
         reservation = await self._reserving.reserve(exchange, identity, quote, None)
         if isinstance(reservation, web.Response):
             return reservation
-        async with self._ending(exchange, reservation):
-            try:
-                return await self._forwarding.unread(exchange, request, quote, target_of(request), body)
-            except UpstreamError:
-                if not exchange.body_broke:
-                    raise
-                broken = errors.body_too_large(most_bytes) if body.too_large else errors.broken_body("it broke off")
-                return self._reports.fail(exchange, broken)
-
-    @asynccontextmanager
-    async def _ending(self, exchange: Exchange, reservation: Reservation) -> AsyncIterator[None]:
-        """Whatever happens in the block, the reservation has ended when it is left."""
         try:
-            yield
+            return await self._forwarding.unread(exchange, request, quote, target_of(request), body)
+        except UpstreamError:
+            if not exchange.body_broke:
+                raise
+            broken = errors.body_too_large(most_bytes) if body.too_large else errors.broken_body("it broke off")
+            return self._reports.fail(exchange, broken)
         finally:
-            if not exchange.ended:
-                await self._engine.void(reservation)
+            await self._end(exchange, reservation)
+
+    async def _end(self, exchange: Exchange, reservation: Reservation) -> None:
+        """Whatever has happened, the reservation has ended then."""
+        if not exchange.ended:
+            await self._engine.void(reservation)
 
     # --- authenticate -------------------------------------------------------------------------------------------
 
@@ -237,15 +244,13 @@ class Proxy:
 
     # --- quote --------------------------------------------------------------------------------------------------
 
-    async def _quote(
-        self, exchange: Exchange, request: web.BaseRequest, api: Api, form: Form | None
-    ) -> Quote | Failure:
-        raw = b"" if form else await read_body(request, exchange.config.limits.body_bytes)
-        if isinstance(raw, Failure):
-            return raw
+    def _quote(self, exchange: Exchange, api: Api, body: bytes | Form) -> Quote | Failure:
         started = time.perf_counter()
         try:
-            quote = read_form_quote(exchange.config, api, form) if form else read_quote(exchange.config, api, raw)
+            if isinstance(body, Form):
+                quote = read_form_quote(exchange.config, api, body)
+            else:
+                quote = read_quote(exchange.config, api, body)
         except InvalidRequest as error:
             return errors.invalid_body(error)
         exchange.ask = quote.ask if isinstance(quote, Quote) else None
@@ -275,6 +280,14 @@ class Proxy:
         return web.Response(
             body=self._description.body, content_type="application/json", headers=request_headers(exchange)
         )
+
+
+def _below_prefix(path: str) -> str:
+    """What stands behind ``/v1``, or the same; empty for any other path."""
+    for prefix in _PREFIXES:
+        if path.startswith(prefix):
+            return path[len(prefix) - 1 :]
+    return ""
 
 
 def _warn_of_unused(config: GatewayConfig) -> None:

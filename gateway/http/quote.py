@@ -5,7 +5,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -19,6 +19,7 @@ from gateway.config.model import GatewayConfig, Upstream
 from gateway.credits.service import RepeatKey
 from gateway.domain.model import Model
 from gateway.domain.request import Ask, Bound, InvalidRequest, bound_of
+from gateway.domain.value import value
 from gateway.http import errors
 from gateway.http.errors import Failure
 
@@ -32,7 +33,7 @@ _KEY = re.compile(r"[!-~]{1,255}")
 _HASH_DIGITS = 24
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Quote:
     """A request that may be reserved for: what it asks, of which model, and its bound. body: what will be forwarded,
     but for the fields that the gateway writes anew, which come before it; taken: what the client wrote in them. form:
@@ -66,10 +67,14 @@ async def read_body(request: web.BaseRequest, most_bytes: int) -> bytes | Failur
     """The request's whole body, decompressed, or why it is not taken."""
     if failure := await invite(request, most_bytes):
         return failure
+    content = request.content
+    if content.is_eof() and content.exception() is None:  # as most are, being small
+        raw = content.read_nowait()
+        return raw if len(raw) <= most_bytes else errors.body_too_large(most_bytes)
     parts, size = [], 0
     try:
         async with asyncio.timeout(_BODY_S):
-            async for chunk in request.content.iter_any():
+            async for chunk in content.iter_any():
                 size += len(chunk)
                 if size > most_bytes:
                     return errors.body_too_large(most_bytes)
@@ -83,13 +88,17 @@ async def read_body(request: web.BaseRequest, most_bytes: int) -> bytes | Failur
 
 def _read_json(raw: bytes) -> object:
     """A body, decoded. Raises InvalidRequest."""
-    containers = raw.count(b"{") + raw.count(b"[")
-    if containers > _MOST_CONTAINERS or raw.count(b",") > _MOST_VALUES or raw.count(b'":') > _MOST_KEYS:
+    if len(raw) > _MOST_CONTAINERS and _has_too_much(raw):
         raise InvalidRequest("it has too many values")
     try:
         return orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"it is not JSON: {error}") from error
+
+
+def _has_too_much(raw: bytes) -> bool:
+    containers = raw.count(b"{") + raw.count(b"[")
+    return containers > _MOST_CONTAINERS or raw.count(b",") > _MOST_VALUES or raw.count(b'":') > _MOST_KEYS
 
 
 def read_quote(config: GatewayConfig, api: Api, raw: bytes) -> Quote | Failure:
@@ -118,7 +127,7 @@ def _read_quote(config: GatewayConfig, api: Api, body: object, form: Form | None
                 alternatives.append(_quote_of(config, api, body, config.models[name], form))
     except orjson.JSONEncodeError as error:
         raise InvalidRequest("it is nested too deeply") from error
-    return replace(first, alternatives=tuple(alternatives))
+    return replace(first, alternatives=tuple(alternatives)) if alternatives else first
 
 
 def _quote_of(config: GatewayConfig, api: Api, body: dict[str, Any], model: Model, form: Form | None) -> Quote:
@@ -127,7 +136,8 @@ def _quote_of(config: GatewayConfig, api: Api, body: dict[str, Any], model: Mode
     if form is not None:
         return Quote(api, ask, model, bound_of(ask, model), {}, b"", form)
     taken = {name: body[name] for name in api.set_fields if name in body}
-    forwarded = orjson.dumps(_renamed({name: body[name] for name in body if name not in taken}, model))
+    kept = {name: body[name] for name in body if name not in taken} if taken else body
+    forwarded = orjson.dumps(_renamed(kept, model))
     orjson.dumps(taken)  # it is written later, when it is too late to refuse it
     ask = ask.of_size(len(forwarded))
     return Quote(api, ask, model, bound_of(ask, model), taken, forwarded)
@@ -176,4 +186,4 @@ def _hash(data: bytes) -> str:
 def forwarded_body(quote: Quote, upstream: Upstream) -> bytes:
     """The body for the upstream: what was priced, its output limited to what is held, its usage asked for."""
     first = quote.api.written_anew(quote.ask, quote.bound, quote.taken, upstream)
-    return orjson.dumps(first)[:-1] + b"," + quote.body[1:] if first else quote.body
+    return b"".join((orjson.dumps(first)[:-1], b",", memoryview(quote.body)[1:])) if first else quote.body

@@ -3,13 +3,13 @@
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
 
 from aiohttp import web
 
 from gateway.credits.errors import StoreError
 from gateway.credits.service import CreditEngine
 from gateway.domain.forecast import OutputForecast
+from gateway.domain.value import value
 from gateway.http import errors
 from gateway.http.browser import let_page_read
 from gateway.http.errors import Failure
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 _CLIENT_STALL_S = 60.0
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class _Stream:
     """One stream, between its two ends."""
 

@@ -6,14 +6,16 @@ ledger.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Literal, TypeVar
+from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Info, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 
 from gateway import __version__
 from gateway.domain.money import NANO_PER_CREDIT
 from gateway.domain.request import Operation
+from gateway.telemetry.tallies import Count, Counts, Histograms
 
 OTHER = "other"
 
@@ -40,24 +42,6 @@ _GEN_AI_LABELS = ("gen_ai_request_model", "gen_ai_operation_name", "gen_ai_provi
 _OPENMETRICS = "application/openmetrics-text"
 _encode_openmetrics, _OPENMETRICS_TYPE = choose_encoder(_OPENMETRICS)
 _encode_plain, _PLAIN_TYPE = choose_encoder("text/plain")
-
-_Family = TypeVar("_Family", Counter, Gauge, Histogram)
-
-
-class _Children(dict[tuple[str, ...], _Family]):
-    """The series of one family by label values, made when first asked for.
-
-    ``family.labels()`` checks its arguments and takes a lock on every call; a dict look-up is what a request
-    should pay.
-    """
-
-    def __init__(self, family: _Family) -> None:
-        super().__init__()
-        self._family: _Family = family
-
-    def __missing__(self, values: tuple[str, ...]) -> _Family:
-        child = self[values] = self._family.labels(*values)
-        return child
 
 
 class Metrics:
@@ -92,8 +76,8 @@ class Metrics:
             ("decision", "reason", "plan"),
         )
         # An increase from "no such series" to 1 is invisible to increase(): the alert needs the 0 before it.
-        self._decisions["denied", STORE_UNAVAILABLE, OTHER].inc(0)
-        self._reserved = self._counter(
+        self._decisions["denied", STORE_UNAVAILABLE, OTHER].add(0)
+        self._reserved = self._count(
             "quota_gateway_reserved_credits",
             "Credits held before requests were forwarded. Unit: credits.",
         )
@@ -209,16 +193,17 @@ class Metrics:
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(name, text, registry=self._registry)
 
-    def _counters(self, name: str, text: str, labels: Sequence[str]) -> _Children[Counter]:
-        return _Children(Counter(name, text, labels, registry=self._registry))
+    def _count(self, name: str, text: str) -> Count:
+        return self._counters(name, text, ())[()]
 
-    def _gauges(self, name: str, text: str, labels: Sequence[str]) -> _Children[Gauge]:
-        return _Children(Gauge(name, text, labels, registry=self._registry))
+    def _counters(self, name: str, text: str, labels: Sequence[str]) -> Counts:
+        return Counts(CounterMetricFamily, name, text, labels, self._registry)
 
-    def _histograms(
-        self, name: str, text: str, labels: Sequence[str], buckets: Sequence[float]
-    ) -> _Children[Histogram]:
-        return _Children(Histogram(name, text, labels, buckets=buckets, registry=self._registry))
+    def _gauges(self, name: str, text: str, labels: Sequence[str]) -> Counts:
+        return Counts(GaugeMetricFamily, name, text, labels, self._registry)
+
+    def _histograms(self, name: str, text: str, labels: Sequence[str], buckets: Sequence[float]) -> Histograms:
+        return Histograms(name, text, labels, buckets, self._registry)
 
     def decided(self, decision: Decision, reason: str, plan: str) -> None:
         """Count a request that was admitted or denied.
@@ -226,19 +211,19 @@ class Metrics:
         reason: the error's code (``insufficient_quota``, ``quota_store_unavailable``, …) or, of an admitted
         request, where its credits come from. plan: ``other`` where it is not known yet.
         """
-        self._decisions[decision, reason, self._plan(plan)].inc()
+        self._decisions[decision, reason, self._plan(plan)].add()
 
     def reserved(self, nano: int) -> None:
         """Count credits that a reservation holds, in nano-credits ≥ 0."""
-        self._reserved.inc(nano / NANO_PER_CREDIT)
+        self._reserved.add(nano / NANO_PER_CREDIT)
 
     def settled(self, plan: str, model: str, source: PaidFrom, nano: int) -> None:
         """Count credits charged from one source, in nano-credits ≥ 0. Once per source that paid something."""
-        self._settled[self._plan(plan), self._model(model), source].inc(nano / NANO_PER_CREDIT)
+        self._settled[self._plan(plan), self._model(model), source].add(nano / NANO_PER_CREDIT)
 
     def released(self, cause: Cause, nano: int) -> None:
         """Count credits that were held and not charged, in nano-credits ≥ 0, by how the reservation ended."""
-        self._released[(cause,)].inc(nano / NANO_PER_CREDIT)
+        self._released[(cause,)].add(nano / NANO_PER_CREDIT)
 
     def written_off(self, nano: int) -> None:
         """Count cost that no source could pay, in nano-credits ≥ 0."""
@@ -266,19 +251,19 @@ class Metrics:
 
     def upstream_started(self, upstream: str) -> None:
         """Count a request in that goes to upstream; upstream_ended counts it out."""
-        self._upstream_inflight[(upstream,)].inc()
+        self._upstream_inflight[(upstream,)].add()
 
     def upstream_ended(self, upstream: str) -> None:
         """Count a request out that upstream_started counted in."""
-        self._upstream_inflight[(upstream,)].dec()
+        self._upstream_inflight[(upstream,)].add(-1)
 
     def overrun(self, upstream: str) -> None:
         """Count an answer for which upstream reports more usage than it was allowed."""
-        self._overruns[(upstream,)].inc()
+        self._overruns[(upstream,)].add()
 
     def stream_truncated(self, plan: str) -> None:
         """Count a stream that was ended because the account's credits had."""
-        self._truncated[(self._plan(plan),)].inc()
+        self._truncated[(self._plan(plan),)].add()
 
     def watch_reservations_open(self, count: Callable[[], float]) -> None:
         """Take the number of open reservations from count at every scrape. count must be quick and not raise."""

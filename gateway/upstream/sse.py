@@ -183,7 +183,7 @@ class EventStream(ABC):
 
     @property
     def _most_output(self) -> int:
-        return self._bound.metered(self._bound.output_tokens_each).output
+        return self._bound.most_output_tokens
 
     @property
     def _most_events(self) -> int:

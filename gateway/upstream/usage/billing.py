@@ -1,61 +1,65 @@
 """What is charged: for a report of usage, and where there is none."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import field, replace
 
 from gateway.domain.metered import Metered
 from gateway.domain.request import BYTES_PER_TOKEN, MOST_CHARACTERS_PER_TOKEN, Ask, Bound, estimated_input
+from gateway.domain.value import value
 from gateway.upstream.usage.figures import Usage
 
 
 def exceeds(usage: Usage, bound: Bound) -> bool:
     """Whether the upstream reports more than it was allowed: the operator may be billed for it, the customer is not."""
-    most = bound.metered(bound.output_tokens_each)
-    return usage.input_tokens > most.input or usage.output_tokens > most.output
+    return usage.input_tokens > bound.input_tokens or usage.output_tokens > bound.most_output_tokens
 
 
 def billed(usage: Usage, ask: Ask, bound: Bound, least_output_tokens: int = 0) -> Metered:
     """The tokens to charge for a usage: at least what several prompts and answers show, at most the bound. Of parts
     that do not fit into the whole the last ones are cut, in this order: read from the cache, written to it, audio,
     images; and of the output audio, images, reasoning."""
-    most = bound.metered(bound.output_tokens_each)
-    input_tokens = min(max(usage.input_tokens, ask.least_input_tokens), most.input)
-    output_tokens = min(max(usage.output_tokens, least_output_tokens), most.output)
-    read, written, heard, seen = _fitting(
+    input_tokens = min(max(usage.input_tokens, ask.least_input_tokens), bound.input_tokens)
+    output_tokens = min(max(usage.output_tokens, least_output_tokens), bound.most_output_tokens)
+    of_input = (usage.cache_read_tokens, usage.cache_write_tokens, usage.audio_input_tokens, usage.image_input_tokens)
+    of_output = (usage.audio_output_tokens, usage.image_output_tokens, usage.reasoning_tokens)
+    read, written, heard, seen = _fitting(input_tokens, of_input)
+    spoken, drawn, reasoning = _fitting(output_tokens, of_output)
+    units = bound.units
+    return Metered(
         input_tokens,
-        (usage.cache_read_tokens, usage.cache_write_tokens, usage.audio_input_tokens, usage.image_input_tokens),
-    )
-    spoken, drawn, reasoning = _fitting(
-        output_tokens, (usage.audio_output_tokens, usage.image_output_tokens, usage.reasoning_tokens)
-    )
-    return replace(
-        bound.units,
-        input=input_tokens,
-        output=output_tokens,
-        cache_read=read,
-        cache_write=written,
-        audio_input=heard,
-        image_input=seen,
-        audio_output=spoken,
-        image_output=drawn,
-        reasoning=reasoning,
+        output_tokens,
+        read,
+        written,
+        heard,
+        seen,
+        spoken,
+        drawn,
+        reasoning,
+        units.images,
+        units.audio_ms,
+        units.characters,
+        units.requests,
     )
 
 
-def _fitting(whole: int, parts: Iterable[int]) -> Iterator[int]:
+def _fitting(whole: int, parts: Sequence[int]) -> Sequence[int]:
     """Of each part what those before it leave of the whole."""
+    if sum(parts) <= whole:
+        return parts
+    fitting = []
     for part in parts:
-        yield (fits := min(part, whole))
-        whole -= fits
+        fitting.append(min(part, whole))
+        whole -= fitting[-1]
+    return fitting
 
 
 def billed_without_usage(ask: Ask, bound: Bound, output_tokens: int) -> Metered:
     """The tokens to charge where the upstream told none: input by its bytes, output as counted."""
-    most = bound.metered(bound.output_tokens_each)
-    return replace(bound.units, input=estimated_input(ask, bound), output=min(output_tokens, most.output))
+    output = min(output_tokens, bound.most_output_tokens)
+    return replace(bound.units, input=estimated_input(ask, bound), output=output)
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Answer:
     """A whole answer. content_bytes, characters: of the text in all its choices. signs: tokens of which something else
     than text tells."""

@@ -6,14 +6,15 @@ in which every figure is 0 is none: no prompt is empty, but some servers fill in
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from gateway.domain.value import value
 
 #: The most that a figure is read as: beyond any bound, and small enough to be written down anywhere.
 MOST_TOKENS = 2**63 - 1
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Usage:
     """What the upstream says, each ≥ 0 but otherwise unchecked. reasoning_tokens: the hidden part of the output. The
     audio and image tokens are parts of input and output, too."""

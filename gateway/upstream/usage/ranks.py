@@ -4,11 +4,12 @@ Where figures disagree: ``usage.prompt_tokens`` is believed before ``usage.total
 ``meta.billed_units``. Search units are billed beside tokens: a model has a price for one of them.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from gateway.domain.metered import Metered
 from gateway.domain.request import Ask, Bound
+from gateway.domain.value import value
 from gateway.upstream.usage.billing import Answer
 from gateway.upstream.usage.embeddings import read_embeddings_usage
 from gateway.upstream.usage.figures import Usage, count
@@ -20,7 +21,7 @@ UNIT_DOCUMENTS = 100
 _RESULTS = ("results", "data")
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Ranks(Answer):
     """A whole answer. search_units: as the upstream bills it; None where it does not."""
 
