@@ -72,12 +72,14 @@ class Ends:
             if not again:
                 self._remember_end(entry)
             return released
-        configured = self._configured(entry.plan)
+        plan = self._configured(entry.plan)
+        if plan.rate_ppm != entry.rate_ppm or plan.payg != entry.payg:  # it is charged at those that it was made at
+            plan = replace(plan, rate_ppm=entry.rate_ppm, payg=entry.payg)
         settlement = await scripts.settle(
             self._store,
             entry.account,
             entry.reservation,
-            plan=replace(configured, rate_ppm=entry.rate_ppm, payg=entry.payg),
+            plan=plan,
             cost=Cost(entry.cost_payg_nano, entry.cost_plan_nano),
             note=entry.note,
             created_ms=entry.created_ms,

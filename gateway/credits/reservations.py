@@ -20,6 +20,9 @@ class Seen:
     note: str = ""
 
 
+NOTHING_SEEN = Seen()
+
+
 @dataclass(slots=True, eq=False)
 class Reservation:
     """A live hold, with what was pinned when it was made. reserved: as it is now; the engine's ``extend`` renews it.
@@ -33,7 +36,7 @@ class Reservation:
     key_id: str
     created_ms: int
     reserved: Reserved
-    seen: Seen = field(default_factory=Seen)
+    seen: Seen = NOTHING_SEEN
     look: Callable[[], Seen] | None = None
     renewed_at: float = field(default_factory=time.monotonic)
 

@@ -4,8 +4,6 @@ None of these repeats anything; ``service.py`` does, by id. All raise StoreUnava
 """
 
 import time
-from dataclasses import replace
-from itertools import chain
 from typing import Literal
 
 from gateway.credits.errors import OperationConflict, Rejected, UnknownAccount, UnknownReservation
@@ -41,28 +39,16 @@ _NO_REPEAT = RepeatKey("", "")
 _WINDOW_VALUES = 6
 
 
-def terms_of(plan: Plan) -> tuple[str | int, ...]:
-    """The plan's values that the scripts take: rate, payg, on_lost, then kind, amount and refresh of each window."""
-    windows = ((window.kind, window.amount_nano, window.refresh_ms) for window in plan.allowances)
-    return (plan.rate_ppm, int(plan.payg), plan.on_lost, *chain.from_iterable(windows))
-
-
 def _gateway_ms() -> int:
     # Only ever compared with the store's clock; nothing is decided by it.
     return time.time_ns() // 1_000_000
 
 
 def _funds(values: list[bytes]) -> Funds:
-    name, balance, balance_held, now, sequence, *rest = values
-    numbers = [int(value) for value in rest]
-    return Funds(
-        plan=name.decode(),
-        balance_nano=int(balance),
-        balance_held_nano=int(balance_held),
-        now_ms=int(now),
-        sequence=int(sequence),
-        windows=tuple(WindowFunds(*numbers[at : at + _WINDOW_VALUES]) for at in range(0, len(numbers), _WINDOW_VALUES)),
-    )
+    balance, balance_held, now, sequence, *numbers = map(int, values[1:])
+    starts = range(0, len(numbers), _WINDOW_VALUES)
+    windows = tuple([WindowFunds(*numbers[at : at + _WINDOW_VALUES]) for at in starts])
+    return Funds(values[0].decode(), balance, balance_held, now, sequence, windows)
 
 
 async def reserve(
@@ -88,7 +74,7 @@ async def reserve(
         money_keys(account),
         (
             *(account, reservation, amount.payg_nano, amount.plan_nano, minimum_nano, alone_nano, lease_ms),
-            *(_gateway_ms(), key_id, model, repeat.key_hash, repeat.body_hash, int(grows), plan.name, *terms_of(plan)),
+            *(_gateway_ms(), key_id, model, repeat.key_hash, repeat.body_hash, int(grows), plan.name, *plan.terms),
         ),
     )
     match reply[0]:
@@ -125,7 +111,7 @@ async def extend(
         money_keys(account),
         (
             *(account, reservation, wanted.payg_nano, wanted.plan_nano, seen.payg_nano, seen.plan_nano, seen_note),
-            *(lease_ms, _gateway_ms(), plan.name, *terms_of(plan)),
+            *(lease_ms, _gateway_ms(), plan.name, *plan.terms),
         ),
     )
     _check_known(reply[0], account, reservation)
@@ -154,10 +140,10 @@ async def settle(
         money_keys(account),
         (
             *(account, reservation, cost.payg_nano, cost.plan_nano, note, created_ms, key_id, model),
-            *(plan.name, *terms_of(plan)),
+            *(plan.name, *plan.terms),
         ),
     )
-    return replace(_settlement(reply, account, reservation), funds=_funds(reply[6:]))
+    return _settlement(reply, account, reservation, with_funds=True)
 
 
 async def release(
@@ -191,9 +177,9 @@ def _check_known(outcome: bytes, account: str, reservation: str) -> None:
         raise UnknownReservation(reservation)
 
 
-def _settlement(reply: list[bytes], account: str, reservation: str) -> Settlement:
+def _settlement(reply: list[bytes], account: str, reservation: str, *, with_funds: bool = False) -> Settlement:
     _check_known(reply[0], account, reservation)
-    state, _, from_allowance, from_balance, written_off, repeated = reply[:6]
+    state, _, from_allowance, from_balance, written_off, repeated, *funds = reply
     return Settlement(
         reservation_id=reservation,
         state=state.decode(),  # type: ignore[arg-type]
@@ -201,6 +187,7 @@ def _settlement(reply: list[bytes], account: str, reservation: str) -> Settlemen
         from_balance_nano=int(from_balance),
         written_off_nano=int(written_off),
         repeated=repeated == b"1",
+        funds=_funds(funds) if with_funds else None,
     )
 
 
@@ -215,7 +202,7 @@ async def due(store: Store, shard: int, limit: int) -> tuple[int, list[tuple[str
 async def create(store: Store, account: str, plan: Plan) -> Funds:
     """Open an account. Raises Rejected if it exists."""
     keys = money_keys(account)
-    reply = await store.run("create", (keys[0], keys[3]), (account, plan.name, *terms_of(plan)))
+    reply = await store.run("create", (keys[0], keys[3]), (account, plan.name, *plan.terms))
     if reply[0] == b"exists":
         raise Rejected(f"account {account!r} exists already, on plan {reply[1].decode()!r}")
     return _funds(reply[1:])
@@ -225,7 +212,7 @@ async def set_plan(store: Store, account: str, operation: str, version: int, pla
     """Move an account to a plan. version 0: whatever comes next. Raises UnknownAccount, OperationConflict,
     Rejected for a version that is not newer, or while the clocks differ."""
     reply = await store.run(
-        "set_plan", money_keys(account), (account, operation, version, _gateway_ms(), plan.name, *terms_of(plan))
+        "set_plan", money_keys(account), (account, operation, version, _gateway_ms(), plan.name, *plan.terms)
     )
     match reply[0]:
         case b"unknown_account":
@@ -265,7 +252,7 @@ async def credit(
 
 async def show(store: Store, account: str, plan: Plan) -> Funds | str:
     """The account's funds, or the name of its plan if that is another one. Raises UnknownAccount."""
-    reply = await store.run("show", (account_key(account),), (plan.name, *terms_of(plan)))
+    reply = await store.run("show", (account_key(account),), (plan.name, *plan.terms))
     match reply[0]:
         case b"unknown_account":
             raise UnknownAccount(account)

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 #: How often it is asked whether the primary is still the primary.
 _LOOK_S = 1.0
+_NO_CONNECTION = "there is no connection to the store"
 
 
 class Locator(Protocol):
@@ -67,7 +68,9 @@ class SinglePrimary:
         """One command. Raises StoreUnavailable, StoreRefused."""
         retries = None
         while True:
-            (connection,) = self.primaries()
+            connection = self._connection
+            if connection is None:
+                raise StoreUnavailable(_NO_CONNECTION)
             try:
                 return await connection.send(*command)
             except StoreRefused as refusal:
@@ -81,7 +84,7 @@ class SinglePrimary:
     def primaries(self) -> list[Connection]:
         """The connection. Raises StoreUnavailable without one."""
         if self._connection is None:
-            raise StoreUnavailable("there is no connection to the store")
+            raise StoreUnavailable(_NO_CONNECTION)
         return [self._connection]
 
     async def _connect(self) -> None:
