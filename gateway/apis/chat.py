@@ -19,6 +19,8 @@ _MESSAGE_KEYS = frozenset(
 )
 _PART_KEYS = frozenset({"type", "text", "refusal"})
 _SCHEMAS = ("tools", "functions", "response_format", "json_schema")
+# What most requests have none of.
+_EXTRAS = frozenset({"modalities", "service_tier", "chat_template_kwargs", "tools", *_SCHEMAS})
 _TEMPLATE_ARGUMENTS = frozenset({"enable_thinking", "thinking", "preserve_thinking", "reasoning_effort"})
 
 
@@ -56,23 +58,28 @@ class Chat(Api):
         if not isinstance(messages, list) or not messages:
             raise InvalidRequest("'messages' must be a non-empty array", "messages")
         kinds = {_is_text(message, index) for index, message in enumerate(messages)}
-        only(body, "modalities", (["text"],))
-        only(body, "service_tier", ("auto", "default"))
-        _check_template_arguments(body)
-        for index, tool in enumerate(items(body, "tools")):
-            if not isinstance(tool, dict) or tool.get("type") not in ("function", "custom"):
-                raise InvalidRequest("only tools of type 'function' or 'custom' are supported", f"tools[{index}].type")
+        if not _EXTRAS.isdisjoint(body):
+            _check_extras(body)
         limits = [whole(body, name, 1) for name in ("max_completion_tokens", "max_tokens")]
         streamed = read_stream(body)
         return Ask(
             "chat",
             model,
             0 if kinds == {True} else None,
-            template_bytes=as_template_writes(body, _SCHEMAS),
+            template_bytes=0 if _EXTRAS.isdisjoint(body) else as_template_writes(body, _SCHEMAS),
             completions=whole(body, "n", 1, MAX_COMPLETIONS) or 1,
             max_tokens=min((limit for limit in limits if limit is not None), default=None),
             **streamed,
         )
+
+
+def _check_extras(body: dict[str, Any]) -> None:
+    only(body, "modalities", (["text"],))
+    only(body, "service_tier", ("auto", "default"))
+    _check_template_arguments(body)
+    for index, tool in enumerate(items(body, "tools")):
+        if not isinstance(tool, dict) or tool.get("type") not in ("function", "custom"):
+            raise InvalidRequest("only tools of type 'function' or 'custom' are supported", f"tools[{index}].type")
 
 
 def _check_template_arguments(body: dict[str, Any]) -> None:
@@ -87,6 +94,8 @@ def _is_text(message: object, index: int) -> bool:
     if not isinstance(message, dict):
         raise InvalidRequest("each message must be an object", f"messages[{index}]")
     content = message.get("content")
+    if type(content) is str and message.keys() <= _MESSAGE_KEYS:  # as nearly all are
+        return True
     if content is not None and not isinstance(content, (str, list)):
         raise InvalidRequest("'content' must be a string or an array of parts", f"messages[{index}].content")
     parts = content if isinstance(content, list) else []

@@ -9,8 +9,10 @@ from gateway.domain.request import InvalidRequest
 EVERYWHERE = frozenset({"model", "user", "metadata", "safety_identifier"})
 
 
-def refuse_unknown(body: dict[str, Any], known: Collection[str], allowed: Collection[str]) -> None:
+def refuse_unknown(body: dict[str, Any], known: frozenset[str], allowed: Collection[str]) -> None:
     """Let only fields through whose meaning for the cost is known. allowed: those that the operator answers for."""
+    if body.keys() <= known:
+        return
     unknown = [name for name in body.keys() - known if body[name] is not None and name not in allowed]
     if unknown:
         name = min(unknown)[:64]

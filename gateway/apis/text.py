@@ -40,6 +40,8 @@ class Streamed(TypedDict):
 def read_stream(body: dict[str, Any]) -> Streamed:
     """Whether the answer is streamed, and what of its usage is shown."""
     options = mapping(body, "stream_options")
+    if not options:
+        return {"stream": boolean(body, "stream"), "wants_usage": False, "wants_running_usage": False}
     return {
         "stream": boolean(body, "stream"),
         "wants_usage": boolean(options, "include_usage", "stream_options.include_usage"),
@@ -52,7 +54,7 @@ def limited(ask: Ask, bound: Bound, taken: Mapping[str, Any], upstream: Upstream
     written: dict[str, object] = {}
     if bound.answers:
         written[upstream.limit_field] = bound.output_tokens_each
-    options = dict(taken.get("stream_options") or {})
+    options = dict(taken["stream_options"] or {}) if "stream_options" in taken else {}
     if ask.stream and upstream.stream_usage:
         options["include_usage"] = True
         if upstream.count_output == "usage" and bound.answers == 1:

@@ -17,6 +17,8 @@ from gateway.upstream.usage.shown import answer_of, as_text, document_of
 _STOPS = ("stop_reason", "matched_stop")
 # Fields of a choice that tell of its tokens, whether they have a text or not.
 _TOKENS = ("logprobs", "token_ids")
+_SIGNS = frozenset({*_STOPS, *_TOKENS, "prompt_logprobs"})
+_DETAILS = frozenset({"prompt_tokens_details", "completion_tokens_details"})
 
 
 def read_usage(usage: object) -> Usage | None:
@@ -28,6 +30,8 @@ def read_usage(usage: object) -> Usage | None:
     made = either(usage, "completion_tokens", total, given)
     if given is None or made is None or not (given or made):
         return None
+    if _DETAILS.isdisjoint(usage):
+        return Usage(given, made)
     reasoning = detail(usage, "completion_tokens_details", "reasoning_tokens")
     if total == given + made + reasoning:
         made += reasoning
@@ -70,6 +74,8 @@ def _texts_of(choice: dict[str, Any]) -> list[str]:
 
 def _signs_in(said: dict[str, Any]) -> int:
     """Of how many tokens an answer or a choice tells otherwise than by its text."""
+    if _SIGNS.isdisjoint(said):
+        return 0
     stops = any(type(stop := said.get(name)) is int or (isinstance(stop, str) and stop) for name in _STOPS)
     # Those of the prompt are no output, but something to pay for.
     least = int(stops or bool(said.get("prompt_logprobs")))
