@@ -21,6 +21,9 @@ Reply = Any
 #: Commands that may wait for a reply on one connection; beyond it the store is as good as down.
 MAX_PENDING = 20_000
 
+_NO_ANSWER = "the store does not answer"
+_pack: Callable[[tuple[str | bytes | int, ...]], bytes] = cast(Any, hiredis.pack_command)  # its stub names 1-tuples
+
 
 class Connection(asyncio.Protocol):
     """A pipelined connection. Made by ``connect``; of no use once ``lost`` is set.
@@ -36,6 +39,7 @@ class Connection(asyncio.Protocol):
         self._pending: deque[tuple[asyncio.Future[Reply], float]] = deque()
         self._transport: asyncio.Transport | None = None
         self._watchdog: asyncio.TimerHandle | None = None
+        self._lost = False
         self.lost = asyncio.Event()
         self.on_lost: Callable[[], None] | None = None
 
@@ -50,26 +54,25 @@ class Connection(asyncio.Protocol):
         Raises StoreUnavailable at once if nothing was written. The future raises ReplyLost if the connection
         ends first and StoreRefused for an error reply. Cancelling the future does not recall the command.
         """
-        self._check_room(1)
-        return self._queue(*command)
+        if len(self._pending) >= MAX_PENDING or self._lost:
+            raise StoreUnavailable(_NO_ANSWER)
+        return self._queue(command)
 
     def send_asking(self, *command: str | bytes | int) -> "asyncio.Future[Reply]":
         """Like ``send``, for a slot that the node does not own yet but takes in. ASKING holds for the next command
         only, so nothing may come between the two."""
-        self._check_room(2)
-        self._queue("ASKING").add_done_callback(_ignore)  # if it fails, so does the command
-        return self._queue(*command)
+        if len(self._pending) + 1 >= MAX_PENDING or self._lost:
+            raise StoreUnavailable(_NO_ANSWER)
+        self._queue(("ASKING",)).add_done_callback(_ignore)  # if it fails, so does the command
+        return self._queue(command)
 
-    def _check_room(self, commands: int) -> None:
-        if self.lost.is_set() or len(self._pending) + commands > MAX_PENDING:
-            raise StoreUnavailable("the store does not answer")
-
-    def _queue(self, *command: str | bytes | int) -> "asyncio.Future[Reply]":
-        future: asyncio.Future[Reply] = self._loop.create_future()
+    def _queue(self, command: tuple[str | bytes | int, ...]) -> "asyncio.Future[Reply]":
+        loop = self._loop
+        future: asyncio.Future[Reply] = loop.create_future()
         if not self._outbox:
-            self._loop.call_soon(self._flush)
-        self._outbox.append(hiredis.pack_command(cast(Any, command)))  # its stub names tuples of one element
-        self._pending.append((future, self._loop.time() + self._timeout_s))
+            loop.call_soon(self._flush)
+        self._outbox.append(_pack(command))
+        self._pending.append((future, loop.time() + self._timeout_s))
         if self._watchdog is None:
             self._watchdog = self._loop.call_later(self._timeout_s, self._check_oldest)
         return future
@@ -81,7 +84,7 @@ class Connection(asyncio.Protocol):
         self._fail_pending("the connection to the store was closed")
 
     def _flush(self) -> None:
-        if self._transport is not None and not self.lost.is_set():
+        if self._transport is not None and not self._lost:
             self._transport.write(b"".join(self._outbox))
         self._outbox.clear()
 
@@ -97,7 +100,7 @@ class Connection(asyncio.Protocol):
             self.close()
 
     def _fail_pending(self, reason: str) -> None:
-        first = not self.lost.is_set()
+        first, self._lost = not self._lost, True
         self.lost.set()
         if self._watchdog is not None:
             self._watchdog.cancel()

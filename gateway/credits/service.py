@@ -158,15 +158,15 @@ class CreditEngine:
         account = identity.account
         plan = self._plan(self._plan_names.get(account, self._default_plan))
         while True:
-            alone = _within_range(cost_of(wanted.alone_femto, plan.rate_ppm))
+            alone_nano = _payg_nano(wanted.alone_femto)
             outcome = await scripts.reserve(
                 self._store,
                 account,
                 reservation,
                 plan=plan,
                 amount=_within_range(cost_of(wanted.amount_femto, plan.rate_ppm)),
-                minimum_nano=_within_range(cost_of(wanted.minimum_femto, plan.rate_ppm)).payg_nano,
-                alone_nano=alone.payg_nano,
+                minimum_nano=_payg_nano(wanted.minimum_femto),
+                alone_nano=alone_nano,
                 lease_ms=lease_ms,
                 key_id=identity.key_id,
                 model=wanted.model,
@@ -180,7 +180,7 @@ class CreditEngine:
             match outcome.outcome:
                 case "denied":
                     assert outcome.funds is not None
-                    return deny(alone.payg_nano, outcome.funds, plan)
+                    return deny(alone_nano, outcome.funds, plan)
                 case "other_plan":
                     plan = self._plan(outcome.plan)
                     self._remember_plan(account, outcome.plan)
@@ -347,4 +347,11 @@ def _held_now(reservation: str, extended: Extended) -> Reserved:
 
 def _within_range(cost: Cost) -> Cost:
     """No account can hold more than MAX_NANO: a dearer request is denied like any that is too dear."""
+    if cost.payg_nano <= MAX_NANO and cost.plan_nano <= MAX_NANO:
+        return cost
     return Cost(min(cost.payg_nano, MAX_NANO), min(cost.plan_nano, MAX_NANO))
+
+
+def _payg_nano(femto: int) -> int:
+    """The same of the list price alone."""
+    return min(-(-femto // FEMTO_PER_NANO), MAX_NANO)

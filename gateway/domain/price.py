@@ -17,6 +17,7 @@ from gateway.domain.value import value
 #: Prices are held as femto-credits (1e-15 credit) per unit: 0.0305 USD per million tokens is 30_500_000 per token.
 FEMTO_PER_CREDIT = 10**15
 FEMTO_PER_NANO = 10**6
+_FEMTO_PPM_PER_NANO = FEMTO_PER_NANO * FULL_RATE_PPM
 #: In a table of image prices: any size, or any quality.
 ANY = "*"
 #: Of an image: a size or a quality that the upstream chooses.
@@ -226,10 +227,7 @@ def _or(femto: int | None, otherwise: int) -> int:
 
 def cost_of(femto: int, rate_ppm: int) -> Cost:
     """Round an exact cost up to nano-credits, at list price and at the plan's rate."""
-    return Cost(
-        payg_nano=-(-femto // FEMTO_PER_NANO),
-        plan_nano=-(-femto * rate_ppm // (FEMTO_PER_NANO * FULL_RATE_PPM)),
-    )
+    return Cost(-(-femto // FEMTO_PER_NANO), -(-femto * rate_ppm // _FEMTO_PPM_PER_NANO))
 
 
 def femto_per_unit(usd: Decimal) -> int:

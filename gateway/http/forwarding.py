@@ -29,6 +29,7 @@ from gateway.http.quote import Quote, forwarded_body
 from gateway.http.relay import StreamRelay
 from gateway.http.reports import Reports
 from gateway.http.settling import Settling
+from gateway.http.whole import WholeAnswer
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.client import Upload, UpstreamAnswer, UpstreamClient, UpstreamUnavailable
 
@@ -178,7 +179,8 @@ class Forwarding:
         self._reports.watch_overrun(exchange, quote, read.usage)
         await self._settling.charge(exchange, quote.model, quote.bound, read.metered(quote.ask, quote.bound))
         headers = credit_headers(exchange)
-        return web.Response(body=body, headers={**headers, "Content-Type": answer.content_type_header})
+        headers["Content-Type"] = answer.content_type_header
+        return WholeAnswer(200, headers, body)
 
 
 def _headers_of(request: web.BaseRequest, model: Model) -> Mapping[str, str]:

@@ -9,6 +9,7 @@ from aiohttp import web
 
 from gateway.http import errors
 from gateway.http.proxy import Proxy
+from gateway.http.whole import WholeAnswer
 
 #: A client that takes nothing for so long is gone, and what waits for it is dropped.
 CLIENT_STALL_MS = 60_000
@@ -37,6 +38,22 @@ class _Connection(web.RequestHandler):
         sock = transport.get_extra_info("socket")
         if sock is not None and hasattr(socket, "TCP_USER_TIMEOUT"):  # only Linux has it
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, CLIENT_STALL_MS)
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Write an answer that is all there in one piece; True besides where the client has hung up."""
+        if type(resp) is not WholeAnswer or self._upgraded:
+            return await super().finish_response(request, resp, start_time)
+        if self.transport is None or self.transport.is_closing():
+            return resp, True
+        self.transport.write(resp.written(request))
+        try:
+            if self.writing_paused:
+                await self._drain_helper()
+        except ConnectionError:
+            return resp, True
+        return resp, False
 
     def handle_error(
         self,
