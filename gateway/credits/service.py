@@ -69,7 +69,7 @@ class CreditEngine:
         self._identities = Identities(store)
         self._plan_names: OrderedDict[str, str] = OrderedDict()
         self._live: dict[str, Reservation] = {}
-        self._ends = Ends(store, metrics, journal, lambda name: self._plans.get(name, Plan(name)))
+        self._ends = Ends(store, metrics, journal, lambda name: self._plans.get(name) or Plan(name))
 
     @property
     def open_reservations(self) -> int:

@@ -5,6 +5,7 @@ a float cannot be trusted with a customer's last cent; decimals appear only at t
 """
 
 import re
+from functools import lru_cache
 
 NANO_PER_CREDIT = 1_000_000_000
 
@@ -35,6 +36,7 @@ def parse_credits(text: str) -> int:
     return nano
 
 
+@lru_cache(maxsize=4096)  # the same amounts stand in headers and log, in this request and the next ones
 def format_credits(nano: int) -> str:
     """The exact decimal of an amount in nano-credits, without exponent and without trailing zeros."""
     sign = "-" if nano < 0 else ""

@@ -77,6 +77,7 @@ class Proxy:
         self._forwarding = Forwarding(client, metrics, self._reports, settling, relay)
         self._active: set[asyncio.Task[object]] = set()
         self._draining = False
+        self._idle = asyncio.Event()
         self._uploads = UploadRoom()
 
     def use(self, config: GatewayConfig) -> None:
@@ -90,8 +91,7 @@ class Proxy:
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request of the data listener. Never raises but for cancellation."""
         exchange = Exchange(self._config, from_page="Origin" in request.headers)
-        task = asyncio.current_task()
-        assert task is not None
+        task = request.task  # the connection's, or one of the request's own
         self._active.add(task)
         try:
             response = await self._answer(exchange, request)
@@ -101,6 +101,8 @@ class Proxy:
             return response
         finally:
             self._active.discard(task)
+            if self._draining and not self._active:
+                self._idle.set()
             self._reports.finished(exchange)
 
     async def _answer(self, exchange: Exchange, request: web.BaseRequest) -> web.StreamResponse:
@@ -118,16 +120,17 @@ class Proxy:
         sent settle_s to be charged."""
         self._draining = True
         self._realtime.close()
-        hurried = asyncio.ensure_future(hurry.wait())
-        deadline = time.monotonic() + timeout_s
-        while self._active and not hurried.done() and (left_s := deadline - time.monotonic()) > 0:
-            await asyncio.wait({*self._active, hurried}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-        hurried.cancel()
+        if not self._active:
+            return
+        ends = [asyncio.ensure_future(event.wait()) for event in (self._idle, hurry)]
+        await asyncio.wait(ends, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if self._active:
             log.warning("cut %d requests that were still in flight", len(self._active))
             for task in self._active:
                 task.cancel()
-            await asyncio.wait(self._active, timeout=settle_s)
+            await asyncio.wait(ends[:1], timeout=settle_s)
+        for end in ends:
+            end.cancel()
 
     async def _route(self, exchange: Exchange, request: web.BaseRequest) -> web.StreamResponse:
         path = _below_prefix(request.path)
@@ -200,7 +203,7 @@ class Proxy:
         if isinstance(repeat, Failure):
             return self._reports.fail(exchange, repeat)
         reservation = await self._reserving.reserve(exchange, identity, quote, repeat)
-        if isinstance(reservation, web.Response):
+        if not isinstance(reservation, Reservation):
             return reservation
         try:
             return await self._forwarding.metered(exchange, request, quote, reservation)
@@ -216,7 +219,7 @@ class Proxy:
         quote, body = unread_quote(rule), UnreadBody(exchange, request, most_bytes)
         exchange.ask = quote.ask
         reservation = await self._reserving.reserve(exchange, identity, quote, None)
-        if isinstance(reservation, web.Response):
+        if not isinstance(reservation, Reservation):
             return reservation
         try:
             return await self._forwarding.unread(exchange, request, quote, target_of(request), body)

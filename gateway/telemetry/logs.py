@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -75,7 +76,7 @@ def log_request(
         "level": "info",
         "logger": _requests.name,
         "message": "request",
-        "request_id": _text(request_id),
+        "request_id": request_id,
         "account": _text(account),
         "key_id": _text(key_id),
         "model": _text(model),
@@ -95,7 +96,12 @@ def log_request(
 
 
 def _moment(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+    return f"{_second(int(seconds))}.{int(seconds * 1000) % 1000:03d}+00:00"
+
+
+@lru_cache(maxsize=2)
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def _text(text: str | None) -> str | None:
