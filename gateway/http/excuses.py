@@ -8,8 +8,8 @@ from aiohttp import web
 from gateway.credits.errors import StoreError, UnknownPlan
 from gateway.http import errors
 from gateway.http.exchange import Exchange
-from gateway.http.relay import write
 from gateway.http.reports import Reports
+from gateway.http.writing import write
 from gateway.telemetry.metrics import STORE_UNAVAILABLE
 from gateway.upstream.client import UpstreamError
 
@@ -51,7 +51,7 @@ class Excuses:
             log.error("%s failed while streaming", exchange.id, exc_info=error)
             exchange.reason = "internal_error"
             with suppress(ConnectionResetError):
-                await write(response, self._reports.event(exchange, errors.internal_error()))
+                await write(request, response, self._reports.event(exchange, errors.internal_error()))
         if request.transport is not None:
             # What waits for a client that does not read would keep the connection for ever.
             gone = isinstance(error, ConnectionResetError)

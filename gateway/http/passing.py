@@ -13,8 +13,8 @@ from gateway.http.browser import let_page_read
 from gateway.http.exchange import Exchange, credit_headers
 from gateway.http.holding import note_of
 from gateway.http.quote import Quote
-from gateway.http.relay import write
 from gateway.http.settling import Settling
+from gateway.http.writing import write, write_last
 from gateway.upstream.client import DeadlinePassed, UpstreamAnswer, UpstreamError, UpstreamUnavailable
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Passing:
             await self.charge(exchange, quote)
             if not response.prepared:
                 await self._begin(exchange, request, quote, answer)
-            await write(response, last, last=True)
+            await write_last(response, last)
         except (asyncio.CancelledError, ConnectionResetError):
             if response.prepared and not exchange.ended:
                 await self.charge(exchange, quote)
@@ -66,7 +66,7 @@ class Passing:
             if kept:
                 if not response.prepared:
                     await self._begin(exchange, request, quote, answer)
-                await write(response, kept)
+                await write(request, response, kept)
             kept = piece
         return kept
 

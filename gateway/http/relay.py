@@ -18,13 +18,11 @@ from gateway.http.holding import CreditsEnded, StreamHold
 from gateway.http.quote import Quote
 from gateway.http.reports import Reports
 from gateway.http.settling import Settling
+from gateway.http.writing import write, write_last
 from gateway.upstream.client import DeadlinePassed, UpstreamAnswer, UpstreamError
 from gateway.upstream.sse import BrokenStream, EventStream, Overrun
 
 log = logging.getLogger(__name__)
-
-_CLIENT_STALL_S = 60.0
-
 
 @value(frozen=True, slots=True)
 class _Stream:
@@ -87,7 +85,7 @@ class StreamRelay:
             await self._settling.charge(exchange, stream.quote.model, stream.quote.bound, events.metered(complete=True))
         if not stream.response.prepared:
             await stream.response.prepare(stream.request)
-        await write(stream.response, events.closing(cost_fields(exchange.settlement)), last=True)
+        await write_last(stream.response, events.closing(cost_fields(exchange.settlement)))
         return stream.response
 
     async def _pass_on(self, stream: _Stream) -> Failure | None:
@@ -156,28 +154,29 @@ class StreamRelay:
         events = stream.events
         # The upstream's own limit does not run while the client is slow to read; this one does.
         async with asyncio.timeout(_total_s(stream)):
-            async for chunk in stream.answer.chunks():
-                await self._hand_out(stream, events.feed(chunk, hold.covered))
+            while chunk := await stream.answer.read():
+                if block := events.feed(chunk, hold.covered):
+                    await self._hand_out(stream, block)
                 hold.follow()
                 if events.waiting:
                     await self._await_cover(stream, hold)
                 if events.done:
                     return
-            await self._hand_out(stream, events.end(hold.covered))
+            if block := events.end(hold.covered):
+                await self._hand_out(stream, block)
             await self._await_cover(stream, hold)
 
     async def _await_cover(self, stream: _Stream, hold: StreamHold) -> None:
         while stream.events.waiting:
             await hold.more()
-            await self._hand_out(stream, stream.events.release(hold.covered))
+            if block := stream.events.release(hold.covered):
+                await self._hand_out(stream, block)
 
     async def _hand_out(self, stream: _Stream, block: bytes) -> None:
-        if not block:
-            return
         if not stream.response.prepared:
             stream.exchange.first_byte = time.perf_counter()
             await stream.response.prepare(stream.request)
-        await write(stream.response, block)
+        await write(stream.request, stream.response, block)
 
     async def _stop(self, stream: _Stream) -> None:
         """Stop the upstream, and charge what the client was handed."""
@@ -194,22 +193,9 @@ class StreamRelay:
             return self._reports.fail(exchange, failure)
         # The SDKs take a clean end for success, whatever was missing: the stream must end in an error that they see.
         exchange.reason = failure.code
-        await write(stream.response, self._reports.event(exchange, failure), last=True)
+        await write_last(stream.response, self._reports.event(exchange, failure))
         return stream.response
 
 
 def _total_s(stream: _Stream) -> float:
     return stream.exchange.config.upstreams[stream.quote.model.upstream].total_timeout_ms / 1000
-
-
-async def write(response: web.StreamResponse, block: bytes, *, last: bool = False) -> None:
-    """Write, but do not wait for ever for a client that does not read: it counts as gone.
-
-    Raises ConnectionResetError."""
-    try:
-        async with asyncio.timeout(_CLIENT_STALL_S):
-            await response.write(block)
-            if last:
-                await response.write_eof()
-    except TimeoutError:
-        raise ConnectionResetError("the client does not read") from None
