@@ -74,7 +74,7 @@ class UpstreamClient:
         return self._loop.time()
 
     def peer_of(self, upstream: Upstream) -> "Peer":
-        """What is kept for an upstream. Raises ValueError for one whose key cannot be sent."""
+        """What is kept for an upstream."""
         peer = self._peers.get(upstream.name)
         if peer is None or peer.head.upstream is not upstream:  # its configuration was read again
             head = Head(upstream)

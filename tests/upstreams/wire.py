@@ -45,7 +45,7 @@ class Guest:
         request = Request(await self.head(), b"")
         if request.header("Transfer-Encoding"):
             body = b""
-            while size := int(await self.reader.readline(), 16):
+            while size := int(await self.reader.readuntil(b"\n"), 16):
                 body += await self.reader.readexactly(size)
                 assert await self.reader.readline() == b"\r\n"
             assert await self.reader.readline() == b"\r\n"

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -154,50 +154,71 @@ async def test_an_upstream_may_have_an_ipv6_address(client: UpstreamClient) -> N
         assert await ask(client, stage.upstream("[::1]")) == b"here"
 
 
-def answer_lookups(monkeypatch: pytest.MonkeyPatch, *hosts: str) -> list[str]:
-    """Let all names stand for these addresses; the names that were looked up."""
-    names = []
-
-    async def getaddrinfo(host: str, port: int, **_: Any) -> list[Any]:
-        names.append(host)
-        return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (address, port)) for address in hosts]
-
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
-    return names
+NAME = "upstream.test"
+Lookup = Callable[[], Awaitable[list[str]]]
 
 
-async def test_all_addresses_of_a_host_are_tried(client: UpstreamClient, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+async def answer_lookups(monkeypatch: pytest.MonkeyPatch) -> Callable[[Lookup], None]:
+    """Let the addresses of NAME be what a function says."""
+    loop = asyncio.get_running_loop()
+    real = loop.getaddrinfo
+
+    def answer(lookup: Lookup) -> None:
+        async def getaddrinfo(host: str, port: int, **options: Any) -> list[Any]:
+            if host != NAME:
+                return await real(host, port, **options)
+            family, kind = socket.AF_INET, socket.SOCK_STREAM
+            return [(family, kind, socket.IPPROTO_TCP, "", (address, port)) for address in await lookup()]
+
+        monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo)
+
+    return answer
+
+
+async def test_all_addresses_of_a_host_are_tried(
+    client: UpstreamClient, answer_lookups: Callable[[Lookup], None]
+) -> None:
+    async def lookup() -> list[str]:
+        return ["127.0.0.2", "127.0.0.3", "127.0.0.1"]
+
+    answer_lookups(lookup)
     async with playing(say_here) as stage:
-        answer_lookups(monkeypatch, "127.0.0.2", "127.0.0.3", "127.0.0.1")
-        assert await ask(client, stage.upstream("upstream.test")) == b"here"
+        assert await ask(client, stage.upstream(NAME)) == b"here"
 
 
 async def test_a_name_is_looked_up_once_for_many_connections(
-    client: UpstreamClient, monkeypatch: pytest.MonkeyPatch
+    client: UpstreamClient, answer_lookups: Callable[[Lookup], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    lookups = 0
+
+    async def lookup() -> list[str]:
+        nonlocal lookups
+        lookups += 1
+        return ["127.0.0.1"]
+
+    answer_lookups(lookup)
     async with playing(say_here) as stage:
-        names = answer_lookups(monkeypatch, "127.0.0.1")
-        await asyncio.gather(*(ask(client, stage.upstream("upstream.test")) for _ in range(5)))
-        assert len(stage.guests) == 5
-        assert names == ["upstream.test"]
-        monkeypatch.setattr(pool, "_LOOKUP_S", -1)
-        await asyncio.gather(*(ask(client, stage.upstream("upstream.test")) for _ in range(6)))
-        assert set(names[1:]) == {"upstream.test"}
+        await asyncio.gather(*(ask(client, stage.upstream(NAME)) for _ in range(5)))
+        assert (lookups, len(stage.guests)) == (1, 5)
+        monkeypatch.setattr(pool, "_LOOKUP_S", -1.0)  # what is known is old by now
+        await asyncio.gather(*(ask(client, stage.upstream(NAME)) for _ in range(6)))
+        assert (lookups, len(stage.guests)) == (2, 6)
 
 
 async def test_who_leaves_a_lookup_does_not_end_it_for_others(
-    client: UpstreamClient, monkeypatch: pytest.MonkeyPatch
+    client: UpstreamClient, answer_lookups: Callable[[Lookup], None]
 ) -> None:
     looking, found = asyncio.Event(), asyncio.Event()
 
-    async def getaddrinfo(_: str, port: int, **__: Any) -> list[Any]:
+    async def lookup() -> list[str]:
         looking.set()
         await found.wait()
-        return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", ("127.0.0.1", port))]
+        return ["127.0.0.1"]
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+    answer_lookups(lookup)
     async with playing(say_here) as stage:
-        first, second = (asyncio.create_task(ask(client, stage.upstream("upstream.test"))) for _ in range(2))
+        first, second = (asyncio.create_task(ask(client, stage.upstream(NAME))) for _ in range(2))
         await looking.wait()
         first.cancel()
         await asyncio.wait((first,))
@@ -207,19 +228,31 @@ async def test_who_leaves_a_lookup_does_not_end_it_for_others(
 
 
 async def test_a_name_that_is_unknown_is_unavailable_and_asked_for_again(
-    client: UpstreamClient, monkeypatch: pytest.MonkeyPatch
+    client: UpstreamClient, answer_lookups: Callable[[Lookup], None]
 ) -> None:
     lookups = 0
 
-    async def getaddrinfo(*_: Any, **__: Any) -> list[Any]:
+    async def lookup() -> list[str]:
         nonlocal lookups
         lookups += 1
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+    answer_lookups(lookup)
     with pytest.raises(UpstreamUnavailable, match="not known"):
-        await ask(client, Upstream("test", "http://upstream.test/v1", None))
+        await ask(client, Upstream("test", f"http://{NAME}/v1", None))
     assert lookups == 2
+
+
+async def test_a_name_that_nobody_answers_for_is_given_up(
+    client: UpstreamClient, answer_lookups: Callable[[Lookup], None]
+) -> None:
+    async def lookup() -> list[str]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    answer_lookups(lookup)
+    with pytest.raises(UpstreamUnavailable, match="too long"):
+        await ask(client, Upstream("test", f"http://{NAME}/v1", None, connect_timeout_ms=50))
 
 
 # --- TLS -------------------------------------------------------------------------------------------------------------
