@@ -422,7 +422,8 @@ async def test_the_clock_stands_still_while_nobody_reads(client: UpstreamClient)
         await guest.say(REST)
 
     async with playing(part) as stage:
-        async with client.send(stage.upstream(idle_timeout_ms=100), "POST", "/", {}, b"{}") as answer:
+        upstream = stage.upstream(idle_timeout_ms=100)
+        async with client.send(upstream, "POST", "/", {}, b"{}") as answer:
             assert await answer.read() == b"he"
             await asyncio.sleep(0.35)
             read_on.set()
