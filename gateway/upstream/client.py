@@ -1,186 +1,169 @@
-"""Requests to upstreams, with the gateway's own key in place of the customer's.
-
-UpstreamError
-├── UpstreamUnavailable   no connection, or it broke
-└── UpstreamTimeout       the request was sent and no answer came, or it did not go on, in time
-    └── DeadlinePassed    the answer took longer than the gateway lets any take
-"""
+"""Requests to upstreams, with the gateway's own key in place of the customer's."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+import ssl
+from collections.abc import Mapping
+from typing import NamedTuple
 
-import aiohttp
-from multidict import CIMultiDict
-
-from gateway import __version__
 from gateway.config.model import Upstream
+from gateway.upstream.answer import UpstreamAnswer
+from gateway.upstream.connection import Connection
+from gateway.upstream.errors import (
+    DeadlinePassed,
+    HungUp,
+    NoConnection,
+    UpstreamError,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+)
+from gateway.upstream.headers import Head
+from gateway.upstream.pool import Origin, Pool
+from gateway.upstream.upload import Upload, write_upload
 
-#: What a customer's client may say to an upstream. Everything else stays here, above all every form of a key.
-_FORWARDED = frozenset({"accept", "user-agent", "openai-beta", "traceparent", "tracestate"})
-_FORWARDED_PREFIX = "anthropic-"
+__all__ = [
+    "DeadlinePassed",
+    "Upload",
+    "UpstreamAnswer",
+    "UpstreamClient",
+    "UpstreamError",
+    "UpstreamTimeout",
+    "UpstreamUnavailable",
+]
 
-# Shorter than the 5 s after which uvicorn closes an idle connection: a request must not meet a closing one.
-_KEEP_ALIVE_S = 4.0
-# What is read ahead of a client that is slow to read, half of what may be: a stream holds several copies of it.
-_READ_AHEAD_BYTES = 2**15
 # A server that is being replaced is back soon.
 _RECONNECT_PAUSE_S = 0.2
+# What may be asked twice: it changes nothing, and has no body that would have to be sent again.
+_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
-class UpstreamError(Exception):
-    """Base of what keeps an upstream from answering."""
+class Peer(NamedTuple):
+    """An upstream's heads and connections. Upstreams at the same place share their connections."""
 
-
-class UpstreamUnavailable(UpstreamError):
-    """No connection, or it broke before the answer was whole."""
-
-
-class UpstreamTimeout(UpstreamError):
-    """The request was sent and the answer did not come, or did not go on, in time."""
-
-
-class DeadlinePassed(UpstreamTimeout):
-    """The answer took longer than the gateway lets any take; the upstream itself did not fail."""
-
-
-@dataclass(frozen=True, slots=True)
-class Upload:
-    """A body that is not in memory. size_bytes: None where it is not known. chunks: all of it."""
-
-    content_type: str
-    size_bytes: int | None
-    chunks: Callable[[], AsyncIterator[bytes]]
-
-
-class UpstreamAnswer:
-    """An answer whose headers have come."""
-
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self._response = response
-        self.status = response.status
-        self.content_type = response.content_type
-        self.headers = response.headers
-
-    @property
-    def content_type_header(self) -> str:
-        """Its Content-Type as it came, or that of JSON."""
-        return self.headers.get("Content-Type", "application/json")
-
-    def abandon(self) -> None:
-        """Close the connection, which tells the upstream to stop; nothing more can be read."""
-        self._response.close()
-
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """The body as it arrives. Raises UpstreamError."""
-        content = self._response.content
-        while True:
-            with mapped_errors():
-                chunk = await content.readany()
-            if not chunk:
-                return
-            yield chunk
-
-    async def body(self, most_bytes: int) -> bytes:
-        """The whole body. Raises UpstreamError, also for one that is larger than most_bytes."""
-        parts, size = [], 0
-        async for chunk in self.chunks():
-            size += len(chunk)
-            if size > most_bytes:
-                raise UpstreamUnavailable(f"the answer has more than {most_bytes} bytes")
-            parts.append(chunk)
-        return b"".join(parts)
+    head: Head
+    pool: Pool
 
 
 class UpstreamClient:
-    """One connection pool for all upstreams."""
+    """The connections to all upstreams."""
 
     def __init__(self) -> None:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
-            skip_auto_headers=("User-Agent",),
-            read_bufsize=_READ_AHEAD_BYTES,
-            cookie_jar=aiohttp.DummyCookieJar(),
-        )
+        self._loop = asyncio.get_running_loop()
+        self._peers: dict[str, Peer] = {}
+        self._pools: dict[Origin, Pool] = {}
+        self._tls: ssl.SSLContext | None = None
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._session.close()
+        for pool in self._pools.values():
+            await pool.close()
 
-    @asynccontextmanager
-    async def send(
+    def send(
         self, upstream: Upstream, method: str, path: str, headers: Mapping[str, str], body: bytes | Upload | None = None
-    ) -> AsyncIterator[UpstreamAnswer]:
+    ) -> "Sending":
         """Send a request (path: below the base URL; body: JSON, or an upload); the answer, until the block is left.
 
         Leaving it before the body's end closes the connection, which tells the upstream to stop. Where no connection is
-        to be had it is tried once more, because nothing was sent then; whatever came of a request that was sent stands.
+        to be had it is tried once more, because nothing was sent then; whatever came of a request that was sent stands,
+        but for one that changes nothing and met a connection that was closing.
         Raises UpstreamUnavailable and UpstreamTimeout.
         """
-        timeout = aiohttp.ClientTimeout(
-            total=upstream.total_timeout_ms / 1000,
-            sock_connect=upstream.connect_timeout_ms / 1000,
-            sock_read=upstream.idle_timeout_ms / 1000,
-        )
+        return Sending(self, upstream, method, path, headers, body)
 
-        async def request() -> aiohttp.ClientResponse:
-            return await self._session.request(
-                method,
-                upstream.base_url + path,
-                data=body.chunks() if isinstance(body, Upload) else body,
-                headers=headers_for(upstream, headers, body),
-                timeout=timeout,
-                allow_redirects=False,
-            )
+    def now(self) -> float:
+        """The time by the loop's clock, in seconds."""
+        return self._loop.time()
 
-        with mapped_errors():
-            try:
-                response = await request()
-            except aiohttp.ClientConnectorError:
-                await asyncio.sleep(_RECONNECT_PAUSE_S)
-                response = await request()
+    def peer_of(self, upstream: Upstream) -> "Peer":
+        """What is kept for an upstream."""
+        peer = self._peers.get(upstream.name)
+        if peer is None or peer.head.upstream is not upstream:  # its configuration was read again
+            head = Head(upstream)
+            peer = self._peers[upstream.name] = Peer(head, self._pool_of(head.origin))
+        return peer
+
+    def _pool_of(self, origin: Origin) -> Pool:
+        pool = self._pools.get(origin)
+        if pool is None:
+            if origin.tls and self._tls is None:
+                self._tls = ssl.create_default_context()
+                self._tls.set_alpn_protocols(["http/1.1"])
+            pool = self._pools[origin] = Pool(origin, self._tls if origin.tls else None)
+        return pool
+
+
+class Sending:
+    """A request on its way, and its answer until the block is left."""
+
+    __slots__ = ("_answer", "_body", "_client", "_deadline", "_headers", "_method", "_path", "_upload", "_upstream")
+
+    def __init__(
+        self,
+        client: UpstreamClient,
+        upstream: Upstream,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes | Upload | None,
+    ) -> None:
+        self._client = client
+        self._upstream = upstream
+        self._method = method
+        self._path = path
+        self._headers = headers
+        self._body = body
+        self._answer: UpstreamAnswer | None = None
+        self._upload: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> UpstreamAnswer:
+        self._deadline = self._client.now() + self._upstream.total_timeout_ms / 1000
         try:
-            yield UpstreamAnswer(response)
-        finally:
-            # Keeps the connection only if the body was read to its end.
-            response.release() if response.content.is_eof() else response.close()
+            peer = self._client.peer_of(self._upstream)
+            head = peer.head.written(self._method, self._path, self._headers, self._body)
+        except ValueError as error:
+            raise UpstreamUnavailable(f"the request cannot be sent: {error}") from error
+        connection = peer.pool.idle()
+        if connection is not None:
+            try:
+                return await self._ask(connection, head)
+            except HungUp:
+                if self._method not in _SAFE or self._body is not None:
+                    raise
+        return await self._ask(await self._connect(peer.pool), head)
 
+    async def __aexit__(self, *_: object) -> None:
+        await self._leave()
 
-def headers_for(upstream: Upstream, headers: Mapping[str, str], body: bytes | Upload | None) -> CIMultiDict[str]:
-    """What an upstream is told: of the customer's headers those that may pass, and the gateway's own key."""
-    chosen = CIMultiDict(
-        (name, value)
-        for name, value in headers.items()
-        if name.lower() in _FORWARDED or name.lower().startswith(_FORWARDED_PREFIX)
-    )
-    chosen.setdefault("User-Agent", f"quota-gateway/{__version__}")
-    chosen["Accept-Encoding"] = "identity"  # the usage is read from the bytes as they come
-    if isinstance(body, Upload):
-        chosen["Content-Type"] = body.content_type
-        if body.size_bytes is not None:
-            chosen["Content-Length"] = str(body.size_bytes)
-    elif body is not None:
-        chosen["Content-Type"] = "application/json"
-    if upstream.api_key:
-        key = upstream.api_key.reveal()
-        if upstream.key_header == "x-api-key":
-            chosen["x-api-key"] = key
-        else:
-            chosen["Authorization"] = f"Bearer {key}"
-    return chosen
+    async def _connect(self, pool: Pool) -> Connection:
+        timeout_s = self._upstream.connect_timeout_ms / 1000
+        try:
+            return await pool.connect(min(timeout_s, self._deadline - self._client.now()))
+        except NoConnection:
+            await asyncio.sleep(_RECONNECT_PAUSE_S)
+            return await pool.connect(min(timeout_s, self._deadline - self._client.now()))
 
+    async def _ask(self, connection: Connection, head: bytes) -> UpstreamAnswer:
+        upload = self._body if isinstance(self._body, Upload) else None
+        self._answer = answer = connection.ask(
+            head,
+            None if isinstance(self._body, Upload) else self._body,
+            head_only=self._method == "HEAD",
+            uploading=upload is not None,
+            idle_s=self._upstream.idle_timeout_ms / 1000,
+            deadline=self._deadline,
+        )
+        if upload is not None:
+            # The only task there is: an answer may come, and end, before the client has sent all of the body.
+            self._upload = asyncio.create_task(write_upload(connection, upload))
+        try:
+            await answer.head()
+        except BaseException:
+            await self._leave()
+            raise
+        return answer
 
-@contextmanager
-def mapped_errors() -> Iterator[None]:
-    """aiohttp's errors in this module's words."""
-    try:
-        yield
-    except aiohttp.ConnectionTimeoutError as error:
-        raise UpstreamUnavailable("connecting took too long") from error
-    except aiohttp.ServerTimeoutError as error:
-        raise UpstreamTimeout("nothing came in time") from error
-    except TimeoutError as error:
-        raise DeadlinePassed("the answer took longer than total_timeout") from error
-    except (aiohttp.ClientError, OSError, ValueError) as error:
-        raise UpstreamUnavailable(str(error) or type(error).__name__) from error
+    async def _leave(self) -> None:
+        if self._answer is not None:
+            self._answer.abandon()  # nothing, if it is whole
+        if self._upload is not None:
+            self._upload.cancel()
+            await asyncio.wait((self._upload,))

@@ -1,13 +1,14 @@
 """A websocket to an upstream, with the gateway's own key in place of the customer's."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
 import aiohttp
 
 from gateway.config.model import Upstream
-from gateway.upstream.client import UpstreamError, UpstreamUnavailable, headers_for, mapped_errors
+from gateway.upstream.errors import DeadlinePassed, UpstreamError, UpstreamTimeout, UpstreamUnavailable
+from gateway.upstream.headers import headers_for
 
 #: The largest message, either way: the API itself takes 15 MiB of audio.
 MOST_MESSAGE_BYTES = 16 * 2**20
@@ -86,7 +87,7 @@ async def connect(
         async def open_socket() -> "aiohttp.ClientWebSocketResponse[bool]":
             return await session.ws_connect(
                 upstream.base_url + path,
-                headers=headers_for(upstream, headers, None),
+                headers=headers_for(upstream, headers),
                 protocols=subprotocols,
                 timeout=aiohttp.ClientWSTimeout(ws_close=_CLOSE_S),
                 heartbeat=HEARTBEAT_S,
@@ -94,7 +95,7 @@ async def connect(
                 autoclose=False,
             )
 
-        with mapped_errors():
+        with _mapped_errors():
             try:
                 socket = await open_socket()
             except aiohttp.ClientConnectorError:
@@ -118,3 +119,18 @@ async def _only_upgrades(request: aiohttp.ClientRequest, handler: aiohttp.Client
     finally:
         response.close()
     raise UpstreamRefused(response.status, response.headers.copy(), body)
+
+
+@contextmanager
+def _mapped_errors() -> Iterator[None]:
+    """aiohttp's errors in the gateway's words."""
+    try:
+        yield
+    except aiohttp.ConnectionTimeoutError as error:
+        raise UpstreamUnavailable("connecting took too long") from error
+    except aiohttp.ServerTimeoutError as error:
+        raise UpstreamTimeout("nothing came in time") from error
+    except TimeoutError as error:
+        raise DeadlinePassed("the answer took longer than total_timeout") from error
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        raise UpstreamUnavailable(str(error) or type(error).__name__) from error
