@@ -135,6 +135,9 @@ class ChoicesStream(EventStream):
         if self._frame is None:
             self._frame = _frame_of(block)
 
+    def _quiet(self) -> bool:
+        return super()._quiet() and not self._held and self._frame is not None
+
     def _is_last(self, event: bytes) -> bool:
         return _DONE.search(event) is not None
 

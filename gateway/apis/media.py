@@ -85,6 +85,7 @@ class MediaStream(EventStream):
 
     def __init__(self, ask: Ask, bound: Bound, rule: CountOutput = "chunks") -> None:
         super().__init__(ask, bound, rule)
+        self._most_events = sys.maxsize  # in how many pieces a picture or a voice is shown says nothing of its tokens
         self._ends_left = self._answers()
         self._last: tuple[bytes, dict[str, Any]] | None = None
         self._tail = b""
@@ -135,10 +136,6 @@ class MediaStream(EventStream):
 
     def _tokens_with(self, event: bytes, texts: list[bytes]) -> int:
         return 0
-
-    @property
-    def _most_events(self) -> int:
-        return sys.maxsize  # in how many pieces a picture or a voice is shown says nothing about its tokens
 
     def _follow(self, event: bytes, texts: list[bytes]) -> bytes:
         if self.done:

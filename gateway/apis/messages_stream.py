@@ -88,6 +88,9 @@ class MessageStream(EventStream):
         """An error's body as an ``error`` event: SDKs skip events without a name."""
         return b"event: error\ndata: " + error + b"\n\n"
 
+    def _quiet(self) -> bool:
+        return super()._quiet() and not self._held
+
     def _is_last(self, event: bytes) -> bool:
         document = json_of(event)
         return isinstance(document, dict) and document.get("type") == "message_stop"

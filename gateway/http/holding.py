@@ -135,6 +135,11 @@ class StreamHold:
         self._wanted = max(self._wanted, self._events.wanted)
         self._extend_if_low()
 
+    @property
+    def enough_until(self) -> int:
+        """As long as no more output tokens than this are counted, there is nothing to follow."""
+        return self.covered - self._slice // 2
+
     async def more(self) -> None:
         """Wait until more is covered than now.
 

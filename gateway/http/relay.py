@@ -24,6 +24,7 @@ from gateway.upstream.sse import BrokenStream, EventStream, Overrun
 
 log = logging.getLogger(__name__)
 
+
 @value(frozen=True, slots=True)
 class _Stream:
     """One stream, between its two ends."""
@@ -157,7 +158,8 @@ class StreamRelay:
             while chunk := await stream.answer.read():
                 if block := events.feed(chunk, hold.covered):
                     await self._hand_out(stream, block)
-                hold.follow()
+                if events.counted > hold.enough_until or events.waiting:
+                    hold.follow()
                 if events.waiting:
                     await self._await_cover(stream, hold)
                 if events.done:

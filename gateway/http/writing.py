@@ -15,7 +15,7 @@ async def write(request: web.BaseRequest, response: web.StreamResponse, block: b
     Raises ConnectionResetError.
     """
     writer, transport = request.writer, request.transport
-    if not writer.chunked:
+    if not getattr(writer, "chunked", False):
         await _within_limit(response.write(block))
         return
     if transport is None or transport.is_closing():

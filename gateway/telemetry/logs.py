@@ -76,7 +76,7 @@ def log_request(
         "level": "info",
         "logger": _requests.name,
         "message": "request",
-        "request_id": request_id,
+        "request_id": _text(request_id),
         "account": _text(account),
         "key_id": _text(key_id),
         "model": _text(model),

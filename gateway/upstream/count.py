@@ -24,6 +24,8 @@ class OutputCount:
         self._rule = rule
         self._events = 0
         self._bytes = 0
+        #: The tokens so far, by the rule.
+        self.tokens = 0
         self._reported = 0
         self._events_then = 0
         self._bytes_then = 0
@@ -32,11 +34,6 @@ class OutputCount:
     def events(self) -> int:
         """Events that held output."""
         return self._events
-
-    @property
-    def tokens(self) -> int:
-        """The tokens so far, by the rule."""
-        return self._by_rule(self._events, self._bytes)
 
     @property
     def billable(self) -> int:
@@ -51,24 +48,35 @@ class OutputCount:
         """Count texts that are not empty, as they stand in JSON."""
         self._events += len(texts)
         self._bytes += sum(map(_size, texts))
+        self.tokens = self._by_rule(self._events, self._bytes)
+
+    def took(self, size_bytes: int, covered: int) -> bool:
+        """Count one text of that size, unless it would make more tokens than are covered; whether it was counted."""
+        tokens = self._by_rule(self._events + 1, self._bytes + size_bytes)
+        if tokens > covered:
+            return False
+        self._events += 1
+        self._bytes += size_bytes
+        self.tokens = tokens
+        return True
 
     def report(self, output_tokens: int) -> None:
         """Take what the upstream says of all output up to now."""
         self._reported = output_tokens
         self._events_then, self._bytes_then = self._events, self._bytes
+        self.tokens = self._by_rule(self._events, self._bytes)
 
     def _by_rule(self, events: int, size: int) -> int:
-        match self._rule:
-            case "bytes":
-                return size
-            case "usage":
-                return self._reported + _by_chunks(events - self._events_then, size - self._bytes_then)
-            case _:
-                return _by_chunks(events, size)
+        if self._rule == "bytes":
+            return size
+        if self._rule == "usage":
+            return self._reported + _by_chunks(events - self._events_then, size - self._bytes_then)
+        return _by_chunks(events, size)
 
 
 def _by_chunks(events: int, size: int) -> int:
-    return max(events, -(-size // BYTES_PER_TOKEN))
+    by_size = -(-size // BYTES_PER_TOKEN)
+    return by_size if by_size > events else events
 
 
 def _size(text: bytes) -> int:

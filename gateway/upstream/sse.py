@@ -20,6 +20,7 @@ from gateway.upstream.count import OutputCount
 from gateway.upstream.usage.figures import Usage
 
 _EVENT_END = re.compile(rb"\r?\n\r?\n|\r\r")
+_NOT_PLAIN = re.compile(rb'["\\\r\n]')
 _NAME = re.compile(rb"(?:\A|[\r\n])event:[ ]?([^\r\n]*)")
 # Data that says nothing.
 _IDLE = (b"", b"null", b"[DONE]")
@@ -31,6 +32,7 @@ UNLIMITED = sys.maxsize
 MAX_EVENT_BYTES = 16 * 2**20
 
 _SEAM_BYTES = 4096
+_MOST_FRAME_BYTES = 4096
 # Events are not quite tokens: only a stream that runs far beyond its limit is cut.
 _SPARE_EVENTS = 16
 
@@ -60,6 +62,9 @@ class EventStream(ABC):
         self._wanted = 0
         self._count = OutputCount(rule)
         self._overran = False
+        self._known_frame: tuple[bytes, bytes] | None = None
+        # Of more events with output than this, the upstream was not asked.
+        self._most_events = 2 * self._most_output + _SPARE_EVENTS
         self.usage: Usage | None = None
         self.done = False
         self.failed = False
@@ -98,6 +103,8 @@ class EventStream(ABC):
 
     def feed(self, chunk: bytes, covered: int = UNLIMITED) -> bytes:
         """Take bytes as they came; the bytes that the client may have now. Raises BrokenStream, Overrun."""
+        if self._known_frame is not None and self._is_known(chunk, *self._known_frame, covered):
+            return chunk
         if self._parts:
             # Only around the new bytes can an event end: a large one in small pieces is not searched again and again.
             seam = self._parts[-1][-3:] + chunk
@@ -110,6 +117,28 @@ class EventStream(ABC):
         if end < len(chunk):
             self._keep(chunk[end:])
         return self._pass_on(chunk if end == len(chunk) else chunk[:end], covered)
+
+    def _is_known(self, chunk: bytes, start: bytes, end: bytes, covered: int) -> bool:
+        """Whether chunk is one event that differs from one before it in nothing but a text, which is covered; counts it
+        then.
+
+        A text without quotes, escapes and line ends changes nothing of what an event means. So most events of a stream
+        need not be searched for what they hold: 1 µs in place of 6.
+        """
+        if not chunk.startswith(start) or not chunk.endswith(end):
+            return False
+        text = chunk[len(start) : -len(end)]
+        if not text or _NOT_PLAIN.search(text) or self._parts or not self._quiet():
+            return False
+        return self._count.events < self._most_events and self._count.took(len(text), covered)
+
+    def _learn_frame(self, block: bytes, texts: list[bytes]) -> None:
+        """What stands around the text of an event that holds nothing else, for the events behind it."""
+        if len(texts) != 1 or _NOT_PLAIN.search(texts[0]) or len(block) > _MOST_FRAME_BYTES:
+            return
+        start, quote, rest = block.partition(b'"' + texts[0] + b'"')
+        if quote and quote not in rest and len(_EVENT_END.findall(block)) == 1 and block.endswith(b"\n\n"):
+            self._known_frame = start + b'"', b'"' + rest
 
     def release(self, covered: int) -> bytes:
         """What waited and may go out now that more is covered. Raises Overrun."""
@@ -157,6 +186,10 @@ class EventStream(ABC):
     def _meet(self, block: bytes) -> None:  # noqa: B027 – most have nothing to note
         """Take note of a block of whole events before anything else is done with it."""
 
+    def _quiet(self) -> bool:
+        """Whether nothing is kept back, and the stream goes on."""
+        return not (self._waiting or self.done or self._overran)
+
     @abstractmethod
     def _is_last(self, event: bytes) -> bool:
         """Whether the event ends the stream, even if the blank line behind it is missing."""
@@ -185,11 +218,6 @@ class EventStream(ABC):
     def _most_output(self) -> int:
         return self._bound.most_output_tokens
 
-    @property
-    def _most_events(self) -> int:
-        """Of more events with output than this, the upstream was not asked."""
-        return 2 * self._most_output + _SPARE_EVENTS
-
     def _pass_on(self, block: bytes, covered: int) -> bytes:
         if self._overran:
             raise Overrun("the upstream sends more output than it was asked for")
@@ -207,6 +235,7 @@ class EventStream(ABC):
             block = self._one_by_one(split_events(block), covered)
         else:
             self._count.add(texts)
+            self._learn_frame(block, texts)
         if self._count.events > self._most_events:
             self._overran = True  # said with the next piece, so that this one is handed out before it is charged
         return block
