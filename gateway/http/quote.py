@@ -88,7 +88,7 @@ async def read_body(request: web.BaseRequest, most_bytes: int) -> bytes | Failur
 
 def _read_json(raw: bytes) -> object:
     """A body, decoded. Raises InvalidRequest."""
-    if len(raw) > _MOST_CONTAINERS and _has_too_much(raw):
+    if _has_too_much(raw):
         raise InvalidRequest("it has too many values")
     try:
         return orjson.loads(raw)
@@ -97,6 +97,10 @@ def _read_json(raw: bytes) -> object:
 
 
 def _has_too_much(raw: bytes) -> bool:
+    # Each takes three bytes, but where they are nested, which the library takes 1,024 times: so most bodies need not be
+    # searched, which takes 1.1 ms for 400 kB.
+    if len(raw) <= 3 * _MOST_CONTAINERS:
+        return False
     containers = raw.count(b"{") + raw.count(b"[")
     return containers > _MOST_CONTAINERS or raw.count(b",") > _MOST_VALUES or raw.count(b'":') > _MOST_KEYS
 
