@@ -58,7 +58,7 @@ def gateway(upstream: str, directory: Path, *options: str) -> Iterator[Proxy]:
     """The gateway with everything on, and its embedded store in directory."""
     with running_gateway(config_of(upstream), data_dir=directory, options=options) as running:
         assert running.key is not None
-        children = _children(running.pid)
+        children = children_of(running.pid)
         store = next(pid for pid in children if "valkey" in Path(f"/proc/{pid}/comm").read_text())
         url = running_url(directory)
         assert url is not None
@@ -73,6 +73,7 @@ def passthrough(upstream: str) -> Iterator[Proxy]:
         yield Proxy("passthrough", Target(process.base_url), (process.pid,))
 
 
-def _children(pid: int) -> list[int]:
+def children_of(pid: int) -> list[int]:
+    """The processes that a process has started."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
