@@ -11,12 +11,13 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import unquote
 
 from gateway.credits.archive_database import VERSION, Connection, Database, connect
+from gateway.credits.archive_rows import COLUMNS, Row, entry_of, row_of
 from gateway.credits.archive_sqlite import Sqlite
 from gateway.credits.errors import EngineError
 from gateway.credits.ledger import BrokenEntry, Entry
@@ -28,10 +29,7 @@ _ANSWER_S = 20.0
 _CLOSE_S = 5.0
 _MOST_CONFLICTS_SHOWN = 100
 
-_NAMES = tuple(column.name for column in fields(Entry))
-_COLUMNS = ", ".join(_NAMES)
-_INSERT = f"INSERT INTO ledger_entries ({_COLUMNS}) VALUES ({', '.join('?' * len(_NAMES))}) ON CONFLICT DO NOTHING"  # noqa: S608
-_SELECT = f"SELECT {_COLUMNS} FROM ledger_entries"  # noqa: S608
+_SELECT = f"SELECT {', '.join(COLUMNS)} FROM ledger_entries"  # noqa: S608
 
 #: The reason of a conflict that a failover explains.
 _LOST = "lost by the store in a failover: "
@@ -124,10 +122,10 @@ class Archive:
             await self._within(_CLOSE_S, asyncio.get_running_loop().run_in_executor(self._thread, self._drop))
         self._thread.shutdown(wait=False)
 
-    async def append(self, entries: Sequence[Entry], broken: Sequence[BrokenEntry]) -> int:
+    async def append(self, rows: Sequence[Row], broken: Sequence[BrokenEntry]) -> int:
         """Put entries in, all or none, and durably; how many were new. What cannot go in beside what is there already
         goes into ledger_conflicts, like broken entries."""
-        return await self._run(lambda connection: _append(_present(connection), entries, broken), create=True)
+        return await self._run(lambda connection: _append(_present(connection), rows, broken), create=True)
 
     async def entries(self, account: str, after: int, upto: int, period: Period, limit: int) -> list[Entry]:
         """The account's first entries with after < sequence ≤ upto in the period, limit at most, in order."""
@@ -138,7 +136,7 @@ class Archive:
         values = (account, after, upto, period.since_ms, period.until_ms, limit)
         return await self._run(
             lambda connection: (
-                [_entry(row) for row in connection.execute(statement, *values).fetchall()] if connection else []
+                [entry_of(row) for row in connection.execute(statement, *values).fetchall()] if connection else []
             )
         )
 
@@ -214,31 +212,19 @@ def _present(connection: Connection | None) -> Connection:
     return connection
 
 
-def _row(entry: Entry) -> tuple[object, ...]:
-    return tuple(json.dumps(value) if isinstance(value, dict) else value for value in astuple(entry))
-
-
-def _entry(row: Sequence[Any]) -> Entry:
-    values = dict(zip(_NAMES, row, strict=True))
-    for name in ("postings", "used_after", "tokens", "extra"):
-        values[name] = json.loads(values[name])
-    values["used_after"] = {int(refresh_ms): nano for refresh_ms, nano in values["used_after"].items()}
-    return Entry(**values)
-
-
-def _append(connection: Connection, entries: Sequence[Entry], broken: Sequence[BrokenEntry]) -> int:
+def _append(connection: Connection, rows: Sequence[Row], broken: Sequence[BrokenEntry]) -> int:
     connection.begin()
-    new = connection.insert_many(_INSERT, [_row(entry) for entry in entries]) if entries else 0
+    new = connection.insert_entries(rows) if rows else 0
     conflicts = [(one.shard, one.stream_id, one.account, str(one), one.content) for one in broken]
-    if new != len(entries):
-        for entry in entries:
+    if new != len(rows):
+        for entry in map(entry_of, rows):
             if lost := _without_place(connection, entry):
                 conflicts.append(
-                    (lost.shard, lost.stream_id, lost.account, _LOST + _name(lost), json.dumps(_row(lost)))
+                    (lost.shard, lost.stream_id, lost.account, _LOST + _name(lost), json.dumps(row_of(lost)))
                 )
-                new += connection.insert_many(_INSERT, [_row(entry)])
+                new += connection.insert_entries([row_of(entry)])
             elif reason := _refusal(connection, entry):
-                conflicts.append((entry.shard, entry.stream_id, entry.account, reason, json.dumps(_row(entry))))
+                conflicts.append((entry.shard, entry.stream_id, entry.account, reason, json.dumps(row_of(entry))))
     for shard, stream_id, account, reason, content in conflicts:
         recorded = connection.execute(
             "INSERT INTO ledger_conflicts (shard, stream_id, digest, account, reason, content) "
@@ -263,7 +249,7 @@ def _without_place(connection: Connection, entry: Entry) -> Entry | None:
     """Take away the entry that has a later one's number, if one has: the store is right about what it has now."""
     row = connection.execute(f"{_SELECT} WHERE account = ? AND sequence = ?", entry.account, entry.sequence).fetchone()
     # Not the other way round, for an archiver that read its entry just before the failover.
-    if row is None or _place(found := _entry(row)) >= _place(entry):
+    if row is None or _place(found := entry_of(row)) >= _place(entry):
         return None
     connection.execute("DELETE FROM ledger_entries WHERE account = ? AND sequence = ?", entry.account, entry.sequence)
     return found
@@ -272,7 +258,7 @@ def _without_place(connection: Connection, entry: Entry) -> Entry | None:
 def _refusal(connection: Connection, entry: Entry) -> str | None:
     """Why an entry did not go in; None if it is there."""
     row = connection.execute(f"{_SELECT} WHERE shard = ? AND stream_id = ?", entry.shard, entry.stream_id).fetchone()
-    if row is not None and _entry(row) == entry:
+    if row is not None and entry_of(row) == entry:
         return None
     return f"{_name(entry)} is not the one that the archive has from this place of the stream"
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
+from gateway.credits.archive_rows import COLUMNS, Row
+
 VERSION = "1"
 CONNECT_TIMEOUT_S = 5
 
@@ -28,6 +30,10 @@ _TABLES = (
         shard INTEGER NOT NULL, stream_id TEXT NOT NULL, digest TEXT NOT NULL, account TEXT NOT NULL,
         reason TEXT NOT NULL, content TEXT NOT NULL, PRIMARY KEY (shard, stream_id, digest))""",
     """CREATE INDEX IF NOT EXISTS ledger_conflicts_account ON ledger_conflicts (account)""",
+)
+_INSERT_ENTRY = (
+    f"INSERT INTO ledger_entries ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) "  # noqa: S608
+    "ON CONFLICT DO NOTHING"
 )
 
 
@@ -65,11 +71,11 @@ class Connection:
         cursor: Cursor = self._raw.execute(statement.replace("?", self._placeholder), values)
         return cursor
 
-    def insert_many(self, statement: str, rows: Sequence[tuple[object, ...]]) -> int:
-        """One statement for each row; how many rows were inserted."""
+    def insert_entries(self, rows: Sequence[Row]) -> int:
+        """Put entries in that no other has the place or number of; how many went in."""
         cursor = self._raw.cursor()
         try:
-            cursor.executemany(statement.replace("?", self._placeholder), rows)
+            cursor.executemany(_INSERT_ENTRY.replace("?", self._placeholder), rows)
             inserted: int = cursor.rowcount
         finally:
             cursor.close()

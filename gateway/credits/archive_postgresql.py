@@ -2,17 +2,38 @@
 
 import os
 import socket
+from collections.abc import Sequence
 from functools import partial
 
+import orjson
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
 from gateway.credits.archive_database import CONNECT_TIMEOUT_S, Connection
+from gateway.credits.archive_rows import COLUMNS, INTEGERS, Row
 
 #: No statement here takes more than milliseconds on a database that works.
 _STATEMENT_TIMEOUT_S = 10
 #: Any number, as long as every gateway has the same.
 _ADVISORY_LOCK = 0x71675F6C
+
+
+def _insert_entries() -> str:
+    values = (f"(entry->>{at})" + "::bigint" * (name in INTEGERS) for at, name in enumerate(COLUMNS))
+    return (
+        f"INSERT INTO ledger_entries ({', '.join(COLUMNS)}) SELECT {', '.join(values)} "  # noqa: S608
+        "FROM json_array_elements(%s::json) AS entry ON CONFLICT DO NOTHING"
+    )
+
+
+_INSERT_ENTRIES = _insert_entries()
+
+
+class _Connection(Connection):
+    def insert_entries(self, rows: Sequence[Row]) -> int:
+        """All in one value, which the server takes apart: 1 µs for each entry, where a statement for each takes 11."""
+        inserted: int = self._raw.execute(_INSERT_ENTRIES, (orjson.dumps(rows).decode(),)).rowcount
+        return inserted
 
 
 class Postgresql:
@@ -32,7 +53,7 @@ class Postgresql:
     def connect(self, *, create: bool) -> Connection | None:
         """A connection as it comes. create: makes no difference, a database is made by the server's operator."""
         raw = psycopg.connect(self._url, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S)
-        return Connection(raw, placeholder="%s", begin="BEGIN", abort=partial(_hang_up, raw))
+        return _Connection(raw, placeholder="%s", begin="BEGIN", abort=partial(_hang_up, raw))
 
     def prepare(self, connection: Connection) -> None:
         """Limit what a statement may take, and have every commit on the server's disk."""

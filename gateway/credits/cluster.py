@@ -69,6 +69,10 @@ class Cluster:
             connection.close()
         self._nodes.clear()
 
+    def primary_of(self, key: str | None) -> Connection:
+        """The connection to the primary of the key's slot, or to any. Raises StoreUnavailable if it is missing."""
+        return self._connection_to(self._owner_of(None if key is None else slot_of(key)))
+
     def primaries(self) -> list[Connection]:
         """A connection to every primary. Raises StoreUnavailable if one is missing."""
         return [self._connection_to(address) for address in self._primaries]

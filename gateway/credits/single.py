@@ -81,6 +81,10 @@ class SinglePrimary:
                 await retries.pause(refusal)
                 await retries.within(self.connected.wait(), refusal)
 
+    def primary_of(self, _key: str | None) -> Connection:
+        """The connection. Raises StoreUnavailable without one."""
+        return self.primaries()[0]
+
     def primaries(self) -> list[Connection]:
         """The connection. Raises StoreUnavailable without one."""
         if self._connection is None:

@@ -48,6 +48,10 @@ class Topology(Protocol):
         """One command, to the primary of the key's slot, or to any without a key. Raises StoreUnavailable, at once
         where there is no connection and after about twice the timeout at the latest, or StoreRefused."""
 
+    def primary_of(self, key: str | None) -> Connection:
+        """The connection to the primary of the key's slot as far as is known, or to any without a key. Raises
+        StoreUnavailable if it is missing."""
+
     def primaries(self) -> list[Connection]:
         """A connection to every primary. Raises StoreUnavailable if one is missing."""
 

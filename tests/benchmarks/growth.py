@@ -30,9 +30,9 @@ from gateway.domain.price import Cost
 from gateway.telemetry.metrics import Metrics
 from tests.servers import MovableClock, ValkeyServer, valkey_server
 
-_PLAN = Plan("standard", (Allowance("per_window", 100_000_000_000, DAY_MS),))
-_PLANS = {_PLAN.name: _PLAN}
-_MODEL = "meta-llama/Llama-3.3-70B-Instruct"
+PLAN = Plan("standard", (Allowance("per_window", 100_000_000_000, DAY_MS),))
+PLANS = {PLAN.name: PLAN}
+MODEL = "meta-llama/Llama-3.3-70B-Instruct"
 _NOTE = '{"price":"0a1b2c3d","tokens":{"input":1234,"output":567},"source":"api"}'
 _COST = Cost(1_222_848, 1_222_848)
 _HOLD = Cost(7_077_888, 7_077_888)
@@ -57,8 +57,8 @@ class Sizes:
 
 
 @asynccontextmanager
-async def _stores(url: str, count: int) -> AsyncIterator[list[Store]]:
-    stores = [Store(url, 10_000, Metrics(_PLANS, [_MODEL])) for _ in range(count)]
+async def stores_at(url: str, count: int) -> AsyncIterator[list[Store]]:
+    stores = [Store(url, 10_000, Metrics(PLANS, [MODEL])) for _ in range(count)]
     for store in stores:
         await store.start()
     try:
@@ -73,7 +73,7 @@ async def measure(requests: int, accounts: int, connections: int, say: Say) -> S
     with tempfile.TemporaryDirectory(prefix="qg-growth-") as directory:
         clock = MovableClock(Path(directory) / "clock")
         with valkey_server(clock=clock) as server, patch.object(scripts, "_gateway_ms", clock.now_ms):
-            async with _stores(server.url, connections) as stores:
+            async with stores_at(server.url, connections) as stores:
                 return await _measure(server, clock, stores, (requests, accounts), Path(directory), say)
 
 
@@ -88,7 +88,7 @@ async def _measure(
     requests, accounts = counts
     names = [f"customer-{number}" for number in range(accounts)]
     empty = used_bytes(server)
-    operator = Operator(stores[0], _PLANS, _PLAN.name)
+    operator = Operator(stores[0], PLANS, PLAN.name)
     for name in names:
         await operator.create_account(name)
         await operator.create_key(name)
@@ -96,13 +96,12 @@ async def _measure(
     started = time.monotonic()
     tenth = -(-requests // 10)
     for done in range(0, requests, tenth):
-        await _ask(stores, names, done, min(tenth, requests - done))
+        await request_on(stores, names, done, min(tenth, requests - done))
         full = _told(server, f"{min(done + tenth, requests)} requests, not archived", say)
     seconds = time.monotonic() - started
     archive = Archive("sqlite", directory)
-    archiver = Archiver(stores[0], archive, Metrics(_PLANS, [_MODEL]))
-    while await archiver.sweep():
-        pass
+    archiver = Archiver(stores[0], archive, Metrics(PLANS, [MODEL]))
+    await archiver.sweep()
     await archive.close()
     archived = _told(server, "ledger archived", say)
     clock.move(DAY_MS + _LEASE_MS)
@@ -113,7 +112,7 @@ async def _measure(
     return Sizes(empty, with_accounts, full, archived, forgotten, seconds)
 
 
-async def _ask(stores: list[Store], names: list[str], first: int, count: int) -> None:
+async def request_on(stores: list[Store], names: list[str], first: int, count: int) -> None:
     """So many requests, each reserved and settled; they go round the accounts and the connections."""
     numbers = iter(range(first, first + count))
 
@@ -125,16 +124,16 @@ async def _ask(stores: list[Store], names: list[str], first: int, count: int) ->
                 store,
                 name,
                 reservation,
-                plan=_PLAN,
+                plan=PLAN,
                 amount=_HOLD,
                 minimum_nano=_HOLD.payg_nano,
                 alone_nano=_HOLD.payg_nano,
                 lease_ms=_LEASE_MS,
                 key_id="",
-                model=_MODEL,
+                model=MODEL,
             )
             assert isinstance(held, Reserved), held
-            await scripts.settle(store, name, reservation, plan=_PLAN, cost=_COST, note=_NOTE)
+            await scripts.settle(store, name, reservation, plan=PLAN, cost=_COST, note=_NOTE)
 
     await asyncio.gather(*(ask_on(stores[number % len(stores)]) for number in range(_IN_FLIGHT)))
 

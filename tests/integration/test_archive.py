@@ -7,8 +7,8 @@ import secrets
 import signal
 import sqlite3
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, closing
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,13 +20,17 @@ from prometheus_client.parser import text_string_to_metric_families
 from gateway.credits import archive as archive_module
 from gateway.credits import archiver as archiver_module
 from gateway.credits.archive import Archive, ArchiveError, Period
+from gateway.credits.archive_rows import ordinary_row, row_of
 from gateway.credits.archiver import Archiver, ForeignArchive, archiving
 from gateway.credits.auditor import Auditor
 from gateway.credits.errors import StoreRefused, StoreUnavailable
 from gateway.credits.keyspace import account_key, shard_keys, shard_of
-from gateway.credits.ledger import Entry
+from gateway.credits.ledger import Entry, parse_entry
+from gateway.credits.operator import Operator
 from gateway.credits.store import Store
+from gateway.credits.topology import Command
 from gateway.telemetry.metrics import Metrics
+from tests.benchmarks.growth import PLAN, PLANS, request_on
 from tests.conftest import START_MS, TimedServer
 from tests.postgresql import postgresql_cluster
 
@@ -123,18 +127,14 @@ def counted(metrics: Metrics, name: str) -> float:
     return next(sample.value for family in families for sample in family.samples if sample.name == name)
 
 
-async def sweep_all(archiver: Archiver) -> None:
-    while await archiver.sweep():
-        pass
-
-
 async def test_entries_move_from_the_streams_into_the_archive(
     store: Store, archive: Archive, archiver: Archiver, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(archiver_module, "SHARD_BATCH", 20)
+    monkeypatch.setattr(archiver_module, "READ_AT_ONCE", 20)
+    monkeypatch.setattr(archiver_module, "TRANSACTION", 70)
     await asyncio.gather(*(write(store, f"a{number}", 1, 50) for number in range(20)))
 
-    await sweep_all(archiver)
+    await archiver.sweep()
 
     for number in range(20):
         entries = await archived(archive, f"a{number}")
@@ -147,6 +147,16 @@ async def test_entries_move_from_the_streams_into_the_archive(
     assert not await archive.conflicts()
 
 
+async def test_what_a_request_leaves_is_read_the_short_way(store: Store) -> None:
+    await Operator(store, PLANS, PLAN.name).create_account("alice")
+    await request_on([store], ["alice"], 0, 3)
+    shard = shard_of("alice")
+    entries = await store.call("XRANGE", shard_keys(shard).ledger, "-", "+")
+    settled = [(stream_id, words) for stream_id, words in entries if b"settle" in words]
+    assert [ordinary_row(shard, *one) for one in settled] == [row_of(parse_entry(shard, *one)) for one in settled]
+    assert len(settled) == 3
+
+
 class Interrupted(Store):
     """A store that does something else before a command."""
 
@@ -157,6 +167,9 @@ class Interrupted(Store):
         if command[0] == self._command:
             await self._before()
         return await self._store.call(*command)
+
+    async def call_all(self, commands: Sequence[Command]) -> list[Any]:
+        return [await self.call(*command) for command in commands]
 
     async def scan(self, pattern: str) -> list[str]:
         return await self._store.scan(pattern)
@@ -174,7 +187,7 @@ async def test_a_crash_between_archive_and_trim_doubles_nothing(
     assert len(await archived(archive, "alice")) == await left_in_store(store, "alice") == 10
 
     await write(store, "alice", 11, 12)
-    await sweep_all(archiver)
+    await archiver.sweep()
 
     assert [one.sequence for one in await archived(archive, "alice")] == list(range(1, 13))
     assert await left_in_store(store, "alice") == 0
@@ -188,7 +201,7 @@ async def test_an_entry_that_comes_while_others_are_archived_is_not_trimmed(
     await write(store, "alice", 1, 3)
     await Archiver(Interrupted(store, "XDEL", lambda: write(store, "alice", 4, 5)), archive, metrics).sweep()
     assert await left_in_store(store, "alice") == 2
-    await sweep_all(archiver)
+    await archiver.sweep()
     assert [one.sequence for one in await archived(archive, "alice")] == [1, 2, 3, 4, 5]
 
 
@@ -197,7 +210,7 @@ async def test_while_the_database_fails_nothing_is_trimmed(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path, store: Store, metrics: Metrics,
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(archiver_module, "IDLE_S", 0.01)
+    monkeypatch.setattr(archiver_module, "PAUSE_S", 0.01)
     blocker = tmp_path / "blocked"
     if kind == "sqlite":
         blocker.write_text("a file, where the archive's directory must be")
@@ -226,7 +239,8 @@ async def test_while_the_database_fails_nothing_is_trimmed(
 async def test_two_archivers_at_once_archive_everything_once(
     url: str, store: Store, archive: Archive, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(archiver_module, "SHARD_BATCH", 7)
+    monkeypatch.setattr(archiver_module, "READ_AT_ONCE", 7)
+    monkeypatch.setattr(archiver_module, "TRANSACTION", 14)
     accounts = [f"a{number}" for number in range(5)]
 
     async def write_slowly() -> None:
@@ -249,13 +263,13 @@ async def test_a_store_whose_memory_is_full_is_still_trimmed(
     store: Store, archive: Archive, archiver: Archiver, valkey: TimedServer
 ) -> None:
     await write(store, "alice", 1, 3)
-    await sweep_all(archiver)
+    await archiver.sweep()
     await write(store, "alice", 4, 6)
     valkey.server.command("CONFIG", "SET", "maxmemory", 1)
     try:
         with pytest.raises(StoreRefused, match="OOM"):
             await write(store, "alice", 7, 7)
-        await sweep_all(archiver)
+        await archiver.sweep()
     finally:
         valkey.server.command("CONFIG", "SET", "maxmemory", 0)
     assert await left_in_store(store, "alice") == 0
@@ -266,7 +280,7 @@ async def test_another_archive_is_refused(
     url: str, tmp_path: Path, store: Store, archive: Archive, archiver: Archiver, metrics: Metrics
 ) -> None:
     await write(store, "alice", 1, 3)
-    await sweep_all(archiver)
+    await archiver.sweep()
     await write(store, "alice", 4, 6)
 
     async with archive_at(f"sqlite://{tmp_path}/other.sqlite3") as other:
@@ -276,7 +290,7 @@ async def test_another_archive_is_refused(
             await Auditor(store, other).tail("alice", 10)
     assert await left_in_store(store, "alice") == 3
 
-    await sweep_all(archiver)
+    await archiver.sweep()
     assert len(await archived(archive, "alice")) == 6
 
 
@@ -284,12 +298,12 @@ async def test_an_entry_that_the_store_lost_gives_way_and_is_kept_and_told(
     url: str, store: Store, archive: Archive, archiver: Archiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     await write(store, "alice", 1, 2)
-    await sweep_all(archiver)
+    await archiver.sweep()
     # A replica that had not seen entry 2 was made the primary.
     await write(store, "alice", 2, 2, id="another")
     await write(store, "alice", 3, 3)
 
-    await sweep_all(archiver)
+    await archiver.sweep()
 
     assert [one.id for one in await archived(archive, "alice")] == ["op-1", "another", "op-3"]
     assert not await archive.conflicts()
@@ -311,7 +325,7 @@ async def test_an_entry_that_cannot_be_read_is_kept_whole(
     await write(store, "alice", 3, 3)
     await store.call("XADD", shard_keys(shard_of("alice")).ledger, "*", b"\xff\x00", "garbage")
 
-    await sweep_all(archiver)
+    await archiver.sweep()
 
     assert [one.sequence for one in await archived(archive, "alice")] == [1, 3]
     assert await left_in_store(store, "alice") == 0
@@ -330,7 +344,7 @@ async def test_what_an_entry_has_beyond_the_known_is_archived_too(
     await write(store, "alice", 2, 2, note='{"reason": NaN}')
     await write(store, "alice", 3, 3, note='{"reason": "\\ud800\\u0000"}', used_after="86400000:5")
 
-    await sweep_all(archiver)
+    await archiver.sweep()
 
     one, two, three = await archived(archive, "alice")
     assert (one.price_version, one.tokens, one.source) == ("00c0ffee", {"input": 7}, "chat")
@@ -344,14 +358,27 @@ async def test_what_an_entry_has_beyond_the_known_is_archived_too(
 async def test_readers_lose_and_double_nothing_while_the_archiver_moves(
     store: Store, archive: Archive, archiver: Archiver, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(archiver_module, "SHARD_BATCH", 3)
+    monkeypatch.setattr(archiver_module, "READ_AT_ONCE", 3)
+    monkeypatch.setattr(archiver_module, "TRANSACTION", 3)
     # Of one shard, so that their entries are in one stream.
     neighbours = [name for number in range(3000) if shard_of(name := f"n{number}") == shard_of("n0")][:3]
     await asyncio.gather(*(write(store, name, 1, 8) for name in neighbours))
-    await archiver.sweep()
+    moved = False
+
+    async def stop_after_one() -> None:
+        nonlocal moved
+        if moved:
+            raise StoreUnavailable("gone")
+        moved = True
 
     async def move() -> None:
-        await archiver.sweep()
+        """One transaction."""
+        nonlocal moved
+        moved = False
+        with suppress(StoreUnavailable):
+            await Archiver(Interrupted(store, "XRANGE", stop_after_one), archive, metrics).sweep()
+
+    await move()
 
     auditor = Auditor(Interrupted(store, "XRANGE", move), archive)
     for name in neighbours:

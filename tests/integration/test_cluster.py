@@ -114,6 +114,23 @@ async def test_a_slot_moves_key_by_key_under_load(cluster: ValkeyCluster, store:
     assert all(refusals(cluster, code) > count for code, count in before.items())
 
 
+async def test_many_commands_at_once_are_answered_in_order_while_a_slot_moves(
+    cluster: ValkeyCluster, store: Store
+) -> None:
+    streams = [shard_keys(shard).ledger for shard in range(SHARDS)]
+    for number, stream in enumerate(streams):
+        await store.call("XADD", stream, "*", "number", number)
+    before = {code: refusals(cluster, code) for code in ("MOVED", "ASK")}
+    migration = migration_of(cluster)
+    await in_thread(migration.begin)
+    await in_thread(migration.move, *await asyncio.to_thread(migration.keys))
+    found = await store.call_all([("XRANGE", stream, "-", "+") for stream in streams])
+    assert [int(words[1]) for [(_, words)] in found] == list(range(SHARDS))
+    await in_thread(migration.finish)
+    assert await store.call_all([("XLEN", stream) for stream in streams]) == [1] * SHARDS
+    assert all(refusals(cluster, code) > count for code, count in before.items())
+
+
 async def test_a_script_with_keys_on_two_nodes_waits_and_is_then_refused(
     cluster: ValkeyCluster, metrics: Metrics
 ) -> None:
