@@ -72,8 +72,6 @@ class Pool:
         self._closed = self._closed or self._loop.create_future()
         if self._sweep is not None:
             self._sweep.cancel()
-        if self._lookup is not None:
-            self._lookup.cancel()
         for connection in list(self._open):
             connection.fail(UpstreamUnavailable("the gateway is closing"))
         if self._open:
@@ -93,28 +91,24 @@ class Pool:
         except BaseException:
             taken.close()
             raise
+        if connection.closed:
+            raise NoConnection(f"no connection to {self._origin}: it was closed at once")
+        self._open.add(connection)
         if self._closed is not None:
             connection.drop()
             raise UpstreamUnavailable("the gateway is closing")
-        self._open.add(connection)
         return connection
 
     async def _addresses(self) -> _Addresses:
         now = self._loop.time()
-        if self._lookup is None or now - self._looked_up_at > _LOOKUP_S:
+        if self._lookup is None or now - self._looked_up_at > _LOOKUP_S or _failed(self._lookup):
             self._looked_up_at = now
             self._lookup = self._loop.create_task(self._look_up())
         # One lookup for all who wait: that one of them leaves must not end it.
         return list(await asyncio.shield(self._lookup))
 
     async def _look_up(self) -> _Addresses:
-        try:
-            found = await self._loop.getaddrinfo(
-                self._origin.host, self._origin.port, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG
-            )
-        except BaseException:
-            self._lookup = None
-            raise
+        found = await self._loop.getaddrinfo(self._origin.host, self._origin.port, type=socket.SOCK_STREAM)
         return [(family, kind, protocol, name, address) for family, kind, protocol, name, address in found]
 
     def _freed(self, connection: Connection) -> None:
@@ -139,3 +133,7 @@ class Pool:
                 return
             del self._idle[connection]
             connection.drop()
+
+
+def _failed(lookup: "asyncio.Task[_Addresses]") -> bool:
+    return lookup.done() and (lookup.cancelled() or lookup.exception() is not None)
