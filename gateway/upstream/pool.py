@@ -49,10 +49,12 @@ class Pool:
 
     def idle(self) -> Connection | None:
         """A connection that was used before; None where all are busy."""
+        oldest = self._loop.time() - _KEEP_ALIVE_S
         while self._idle:
             connection, _ = self._idle.popitem()
-            if not connection.closed:
+            if not connection.closed and connection.freed_at > oldest:  # its timer may be late where much is to do
                 return connection
+            connection.drop()
         return None
 
     async def connect(self, timeout_s: float) -> Connection:
