@@ -16,6 +16,8 @@ _KEEP_ALIVE_S = 4.0
 _LOOKUP_S = 10.0
 # After so long the next of a host's addresses is tried beside the one that has not answered yet.
 _NEXT_ADDRESS_S = 0.25
+# Closing is a matter of the loop's next turn; nothing may keep a gateway from ending.
+_CLOSE_S = 1.0
 
 _Addresses = list[aiohappyeyeballs.AddrInfoType]
 
@@ -77,7 +79,7 @@ class Pool:
         for connection in list(self._open):
             connection.fail(UpstreamUnavailable("the gateway is closing"))
         if self._open:
-            await asyncio.shield(self._closed)
+            await asyncio.wait((self._closed,), timeout=_CLOSE_S)
 
     async def _connect(self) -> Connection:
         addresses = await self._addresses()

@@ -63,6 +63,8 @@ class Guest:
     async def say(self, *blocks: bytes) -> None:
         """Send the blocks, one after the other, as far as the other side reads."""
         for block in blocks:
+            if self.writer.is_closing():
+                raise ConnectionResetError
             self.writer.write(block)
             await self.writer.drain()
 

@@ -97,6 +97,25 @@ async def test_headers_are_found_however_they_are_spelled(client: UpstreamClient
         assert "Content-Encoding" not in answer.headers
 
 
+async def test_nothing_of_one_answer_is_found_in_the_next(client: UpstreamClient) -> None:
+    first = OK + b"Transfer-Encoding: chunked\r\nContent-Encoding: gzip\r\nX-First: 1\r\n\r\n0\r\nX-Trailer: 1\r\n\r\n"
+    second = sized(b"here", b"X-Second: 1")
+    third = b"HTTP/1.1 103 Early Hints\r\nX-Interim: 1\r\n\r\n" + second
+
+    async def part(guest: Guest) -> None:
+        for said in (first, second, third):
+            await guest.request()
+            await guest.say(said)
+
+    async with playing(part) as stage:
+        assert await ask(client, stage.upstream()) == (200, b"")
+        for _ in (second, third):
+            async with client.send(stage.upstream(), "POST", "/", {}, b"{}") as answer:
+                assert sorted(answer.headers) == ["content-length", "x-second"]
+                assert await answer.body(MOST) == b"here"
+        assert len(stage.guests) == 1
+
+
 async def test_an_answer_without_a_type_is_unknown_bytes_and_passed_on_as_json(client: UpstreamClient) -> None:
     async def part(guest: Guest) -> None:
         await guest.request()
