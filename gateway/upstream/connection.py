@@ -1,6 +1,7 @@
 """One HTTP/1.1 connection to an upstream, with one request at a time; llhttp reads the answers.
 
-A general client costs about 100 µs of Python for a small request and 15 µs for a piece of a stream.
+A small request and its answer cost 26 µs of CPU here and 110 µs with aiohttp's client; a piece of a stream 9 µs here,
+of which 8 are the loop's and the system's, and 17 µs there.
 """
 
 import asyncio
@@ -61,6 +62,7 @@ class Connection(asyncio.Protocol):
         self._head_only = head_only
         self._uploading = uploading
         self._useless = 0
+        self._fields.clear()  # it holds the last answer's headers and trailers
         # Each answer has a parser of its own, for 0.3 µs: nothing of one answer can be taken for a part of the next.
         self._parser = httptools.HttpResponseParser(self)
         # As lenient as other clients are, where it cannot move the end of an answer.
@@ -216,7 +218,6 @@ class Connection(asyncio.Protocol):
     def _finish(self, answer: UpstreamAnswer) -> None:
         assert self._transport is not None
         self._answer = self._parser = None
-        self._fields.clear()  # of the trailers, which nobody reads
         self.resume()
         if (
             self._reusable

@@ -16,6 +16,8 @@ _KEEP_ALIVE_S = 4.0
 _LOOKUP_S = 10.0
 # After so long the next of a host's addresses is tried beside the one that has not answered yet.
 _NEXT_ADDRESS_S = 0.25
+# Closing is a matter of the loop's next turn; nothing may keep a gateway from ending.
+_CLOSE_S = 1.0
 
 _Addresses = list[aiohappyeyeballs.AddrInfoType]
 
@@ -49,10 +51,12 @@ class Pool:
 
     def idle(self) -> Connection | None:
         """A connection that was used before; None where all are busy."""
+        oldest = self._loop.time() - _KEEP_ALIVE_S
         while self._idle:
             connection, _ = self._idle.popitem()
-            if not connection.closed:
+            if not connection.closed and connection.freed_at > oldest:  # its timer may be late where much is to do
                 return connection
+            connection.drop()
         return None
 
     async def connect(self, timeout_s: float) -> Connection:
@@ -72,12 +76,10 @@ class Pool:
         self._closed = self._closed or self._loop.create_future()
         if self._sweep is not None:
             self._sweep.cancel()
-        if self._lookup is not None:
-            self._lookup.cancel()
         for connection in list(self._open):
             connection.fail(UpstreamUnavailable("the gateway is closing"))
         if self._open:
-            await asyncio.shield(self._closed)
+            await asyncio.wait((self._closed,), timeout=_CLOSE_S)
 
     async def _connect(self) -> Connection:
         addresses = await self._addresses()
@@ -93,28 +95,24 @@ class Pool:
         except BaseException:
             taken.close()
             raise
+        if connection.closed:
+            raise NoConnection(f"no connection to {self._origin}: it was closed at once")
+        self._open.add(connection)
         if self._closed is not None:
             connection.drop()
             raise UpstreamUnavailable("the gateway is closing")
-        self._open.add(connection)
         return connection
 
     async def _addresses(self) -> _Addresses:
         now = self._loop.time()
-        if self._lookup is None or now - self._looked_up_at > _LOOKUP_S:
+        if self._lookup is None or now - self._looked_up_at > _LOOKUP_S or _failed(self._lookup):
             self._looked_up_at = now
             self._lookup = self._loop.create_task(self._look_up())
         # One lookup for all who wait: that one of them leaves must not end it.
         return list(await asyncio.shield(self._lookup))
 
     async def _look_up(self) -> _Addresses:
-        try:
-            found = await self._loop.getaddrinfo(
-                self._origin.host, self._origin.port, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG
-            )
-        except BaseException:
-            self._lookup = None
-            raise
+        found = await self._loop.getaddrinfo(self._origin.host, self._origin.port, type=socket.SOCK_STREAM)
         return [(family, kind, protocol, name, address) for family, kind, protocol, name, address in found]
 
     def _freed(self, connection: Connection) -> None:
@@ -139,3 +137,7 @@ class Pool:
                 return
             del self._idle[connection]
             connection.drop()
+
+
+def _failed(lookup: "asyncio.Task[_Addresses]") -> bool:
+    return lookup.done() and (lookup.cancelled() or lookup.exception() is not None)

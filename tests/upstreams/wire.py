@@ -14,6 +14,13 @@ from dataclasses import dataclass, field
 
 from gateway.config.model import Upstream
 
+OK = b"HTTP/1.1 200 OK\r\n"
+HERE = OK + b"Content-Length: 4\r\n\r\nhere"
+#: The first half of a stream, and the second.
+STREAM = OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\nhe\r\n"
+REST = b"2\r\nre\r\n0\r\n\r\n"
+END = b"0\r\n\r\n"
+
 
 @dataclass(frozen=True)
 class Request:
@@ -56,6 +63,8 @@ class Guest:
     async def say(self, *blocks: bytes) -> None:
         """Send the blocks, one after the other, as far as the other side reads."""
         for block in blocks:
+            if self.writer.is_closing():
+                raise ConnectionResetError
             self.writer.write(block)
             await self.writer.drain()
 
@@ -130,3 +139,24 @@ async def playing(part: Part, *, host: str = "127.0.0.1", tls: ssl.SSLContext | 
     for end in ends:
         if isinstance(end, Exception):
             raise end
+
+
+async def say_here(guest: Guest) -> None:
+    """The part of an upstream that answers whatever it is asked."""
+    while True:
+        await guest.request()
+        await guest.say(HERE)
+
+
+def sized(body: bytes, *headers: bytes) -> bytes:
+    """An answer that says how long it is."""
+    return OK + b"".join(header + b"\r\n" for header in headers) + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+def chunked(*chunks: bytes) -> bytes:
+    """An answer in chunks, without its end."""
+    return OK + b"Transfer-Encoding: chunked\r\n\r\n" + b"".join(map(chunk_of, chunks))
+
+
+def chunk_of(block: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(block), block)
