@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from aiohttp.http_writer import StreamWriter
-from aiohttp.web_protocol import RequestHandler
 
 import gateway.app
 import gateway.config.load
 from gateway.cli import main
+from gateway.http.server import _Connection
 
 #: When, of the await that a gateway dies at: once all that it wrote before is on its way, or when its answer has come.
 Moment = Literal["sent", "answered"]
@@ -65,22 +65,28 @@ class Watch:
         self._report = os.open(order.report, os.O_WRONLY | os.O_APPEND)
         self._count = 0
         self._left = 0
+        self._began = False
 
     def install(self) -> None:
-        """Watch the first request that aiohttp hands to a handler, until its answer is written."""
-        watch, original = self, RequestHandler._handle_request
-        began = False
+        """Watch the first request, plain or not, until its answer is written."""
+        for name in ("_answer", "_handle_request"):
+            self._hook(name)
 
-        async def handle(self: RequestHandler, *arguments: Any) -> Any:
-            nonlocal began
-            if began:
+    def _hook(self, name: str) -> None:
+        watch, original = self, getattr(_Connection, name)
+
+        async def handle(self: _Connection, *arguments: Any) -> Any:
+            if watch._began:
                 return await original(self, *arguments)
-            began = True
-            _ours.set(True)  # every task that is made from here on inherits it
+            watch._began = True
+            ours = _ours.set(True)  # every task that is made from here on inherits it
             asyncio.get_running_loop().set_task_factory(watch._new_task)  # type: ignore[arg-type]
-            return await watch._watched(original(self, *arguments))
+            try:
+                return await watch._watched(original(self, *arguments))
+            finally:
+                _ours.reset(ours)
 
-        RequestHandler._handle_request = handle  # type: ignore[method-assign,assignment]
+        setattr(_Connection, name, handle)
 
     def _new_task(
         self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Any], **options: Any
