@@ -9,6 +9,7 @@ from typing import Any
 from tests.engine_model import Account, EngineModel
 
 _TOTALS = ("used", "bought", "refunded", "deducted", "spent", "written_off")
+_NUMBERS = ("plan_version", "balance", "balance_held", "day_used", "epoch", "sequence", "seen")
 _WINDOW = ("refresh", "finish", "granted", "used", "held", "before", "epoch", "first", "adopted")
 _WINDOW_FIELDS = ("w1", "w2", "w3", "w4")
 
@@ -79,7 +80,6 @@ def stored(model: EngineModel, account: Account) -> dict[str, str]:
         "plan_version": account.plan_version,
         "balance": account.balance,
         "balance_held": model.balance_held(account),
-        "day": account.day_ms,
         "day_used": account.used_today,
         "epoch": account.epoch,
         "sequence": account.sequence,
@@ -102,8 +102,8 @@ def stored(model: EngineModel, account: Account) -> dict[str, str]:
 
 
 def read_account(reply: list[bytes]) -> dict[str, str]:
-    """The fields of an account hash; a total that nothing was ever added to is 0."""
-    return dict.fromkeys((f"total_{name}" for name in _TOTALS), "0") | pairs(reply)
+    """The fields of an account hash; a number that was never anything else is 0."""
+    return dict.fromkeys((*_NUMBERS, *(f"total_{name}" for name in _TOTALS)), "0") | pairs(reply)
 
 
 def read_window(text: str) -> dict[str, Any]:

@@ -687,13 +687,10 @@ class EngineModel:
 
     def _funds(self, account: Account, plan: Plan) -> Funds:
         now = self._time(account)
-        allowances = {allowance.refresh_ms: allowance for allowance in plan.allowances}
         windows = []
         for win in account.windows:
-            allowance, end_ms = allowances.get(win.refresh_ms), win.window.end_ms
-            next_ = window_at(allowance, max(now, end_ms)).granted_nano if allowance else 0
             held = self.held_as(account, win, "held") + self.held_as(account, win, "adopted")
-            windows.append(WindowFunds(win.refresh_ms, win.window.granted_nano, win.used, held, end_ms, next_))
+            windows.append(WindowFunds(win.refresh_ms, win.window.granted_nano, win.used, held, win.window.end_ms))
         return Funds(
             plan=account.plan,
             balance_nano=account.balance,

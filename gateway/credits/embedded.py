@@ -210,6 +210,9 @@ class EmbeddedStore:
             "appendfsync": self._appendfsync,
             "aof-load-truncated": "yes",  # a tail torn by a power failure is cut off, not fatal
             "maxmemory-policy": "noeviction",
+            # A window's text with large figures is up to 75 bytes long. Beyond the default of 64 the whole account is
+            # kept as a hash table, for good, which takes 350 bytes more.
+            "hash-max-listpack-value": "80",
             "enable-debug-command": "no",
         }
         return [word for name, value in settings.items() for word in (f"--{name}", value)]

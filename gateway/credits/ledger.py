@@ -213,15 +213,15 @@ def parse_live(account: str, values: Mapping[str, str]) -> Live:
     texts = [values[name] for name in ("w1", "w2", "w3", "w4") if name in values]
     if any(text.count("|") != 9 for text in texts):
         raise ValueError("a window does not have 10 fields")
-    missing = [name for name in ("plan", "sequence", "balance", "balance_held") if name not in values]
+    missing = [name for name in ("plan", "sequence") if name not in values]
     if missing:
         raise ValueError(f"there is no {missing[0]}")
     return Live(
         account=account,
         plan=values["plan"],
         sequence=_integer(values["sequence"]),
-        balance_nano=_integer(values["balance"]),
-        balance_held_nano=_integer(values["balance_held"]),
+        balance_nano=_integer(values.get("balance", "0")),
+        balance_held_nano=_integer(values.get("balance_held", "0")),
         windows=tuple(map(_read_window, texts)),
         totals={name: _integer(values.get(f"total_{name}", "0")) for name in _TOTALS},
     )

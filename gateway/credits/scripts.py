@@ -4,7 +4,7 @@ None of these repeats anything; ``service.py`` does, by id. All raise StoreUnava
 """
 
 import time
-from typing import Literal
+from typing import Any, Literal
 
 from gateway.credits.errors import OperationConflict, Rejected, UnknownAccount, UnknownReservation
 from gateway.credits.keyspace import account_key, money_keys, shard_keys
@@ -36,7 +36,16 @@ class RepeatKey:
 
 
 _NO_REPEAT = RepeatKey("", "")
-_WINDOW_VALUES = 6
+_WINDOW_VALUES = 5
+
+
+def _asked(amount: Cost, minimum_nano: int, alone_nano: int, *, grows: bool, key_hash: str) -> str:
+    """What a request asks for as ``reserve`` takes it and its record keeps it: most requests ask for all or nothing, at
+    the list price, and a number that is the same again is left out."""
+    at_rate = "" if amount.plan_nano == amount.payg_nano else amount.plan_nano
+    minimum = "" if minimum_nano == amount.plan_nano else minimum_nano
+    alone = "" if alone_nano == minimum_nano else alone_nano
+    return f"{amount.payg_nano},{at_rate},{minimum},{alone},{int(grows)},{key_hash}"
 
 
 def _gateway_ms() -> int:
@@ -44,11 +53,11 @@ def _gateway_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _funds(values: list[bytes]) -> Funds:
-    balance, balance_held, now, sequence, *numbers = map(int, values[1:])
+def _funds(values: list[Any]) -> Funds:
+    plan, balance, balance_held, now, sequence, *numbers = values
     starts = range(0, len(numbers), _WINDOW_VALUES)
     windows = tuple([WindowFunds(*numbers[at : at + _WINDOW_VALUES]) for at in starts])
-    return Funds(values[0].decode(), balance, balance_held, now, sequence, windows)
+    return Funds(plan.decode(), balance, balance_held, now, sequence, windows)
 
 
 async def reserve(
@@ -73,14 +82,14 @@ async def reserve(
         "reserve",
         money_keys(account),
         (
-            *(account, reservation, amount.payg_nano, amount.plan_nano, minimum_nano, alone_nano, lease_ms),
-            *(_gateway_ms(), key_id, model, repeat.key_hash, repeat.body_hash, int(grows), plan.name, *plan.terms),
+            *(account, reservation, _asked(amount, minimum_nano, alone_nano, grows=grows, key_hash=repeat.key_hash)),
+            *(lease_ms, _gateway_ms(), key_id, model, repeat.body_hash, plan.name, plan.terms),
         ),
     )
     match reply[0]:
         case b"reserved":
             _, from_allowance, from_balance, covered, *funds = reply
-            return Reserved(reservation, int(covered), int(from_allowance), int(from_balance), _funds(funds))
+            return Reserved(reservation, covered, from_allowance, from_balance, _funds(funds))
         case b"denied":
             return NotReserved("denied", plan.name, _funds(reply[1:]))
         case b"other_plan":
@@ -88,9 +97,9 @@ async def reserve(
         case b"other_body":
             return Repeated("other_body")
         case (b"in_progress" | b"answered") as state:
-            return Repeated(state.decode(), reply[1].decode(), int(reply[2]))  # type: ignore[arg-type]
+            return Repeated(state.decode(), reply[1].decode(), reply[2])
         case outcome:
-            return NotReserved(outcome.decode())  # type: ignore[arg-type]
+            return NotReserved(outcome.decode())
 
 
 async def extend(
@@ -111,14 +120,14 @@ async def extend(
         money_keys(account),
         (
             *(account, reservation, wanted.payg_nano, wanted.plan_nano, seen.payg_nano, seen.plan_nano, seen_note),
-            *(lease_ms, _gateway_ms(), plan.name, *plan.terms),
+            *(lease_ms, _gateway_ms(), plan.name, plan.terms),
         ),
     )
     _check_known(reply[0], account, reservation)
     if reply[0] == b"ended":
         return Extended(0, 0, 0, open=False, funds=_funds(reply[2:]))
     _, from_allowance, from_balance, covered, *funds = reply
-    return Extended(int(covered), int(from_allowance), int(from_balance), open=True, funds=_funds(funds))
+    return Extended(covered, from_allowance, from_balance, open=True, funds=_funds(funds))
 
 
 async def settle(
@@ -140,7 +149,7 @@ async def settle(
         money_keys(account),
         (
             *(account, reservation, cost.payg_nano, cost.plan_nano, note, created_ms, key_id, model),
-            *(plan.name, *plan.terms),
+            *(plan.name, plan.terms),
         ),
     )
     return _settlement(reply, account, reservation, with_funds=True)
@@ -163,7 +172,7 @@ async def refund(store: Store, account: str, operation: str, reservation: str, n
             raise OperationConflict(operation)
         case b"exceeds_spent":
             raise Rejected(
-                f"at most {format_credits(int(reply[1]))} credits were charged to the balance and not refunded yet"
+                f"at most {format_credits(reply[1])} credits were charged to the balance and not refunded yet"
             )
         case b"not_settled":
             raise Rejected(f"{reservation} is {reply[1].decode()}: only what was charged can be refunded")
@@ -177,16 +186,16 @@ def _check_known(outcome: bytes, account: str, reservation: str) -> None:
         raise UnknownReservation(reservation)
 
 
-def _settlement(reply: list[bytes], account: str, reservation: str, *, with_funds: bool = False) -> Settlement:
+def _settlement(reply: list[Any], account: str, reservation: str, *, with_funds: bool = False) -> Settlement:
     _check_known(reply[0], account, reservation)
     state, _, from_allowance, from_balance, written_off, repeated, *funds = reply
     return Settlement(
         reservation_id=reservation,
-        state=state.decode(),  # type: ignore[arg-type]
-        from_allowance_nano=int(from_allowance),
-        from_balance_nano=int(from_balance),
-        written_off_nano=int(written_off),
-        repeated=repeated == b"1",
+        state=state.decode(),
+        from_allowance_nano=from_allowance,
+        from_balance_nano=from_balance,
+        written_off_nano=written_off,
+        repeated=repeated == 1,
         funds=_funds(funds) if with_funds else None,
     )
 
@@ -196,13 +205,13 @@ async def due(store: Store, shard: int, limit: int) -> tuple[int, list[tuple[str
     keys = shard_keys(shard)
     looked_at, *pairs = await store.run("due", (keys.records, keys.due), (limit, _gateway_ms()))
     texts = [text.decode() for text in pairs]
-    return int(looked_at), list(zip(texts[::2], texts[1::2], strict=True))
+    return looked_at, list(zip(texts[::2], texts[1::2], strict=True))
 
 
 async def create(store: Store, account: str, plan: Plan) -> Funds:
     """Open an account. Raises Rejected if it exists."""
     keys = money_keys(account)
-    reply = await store.run("create", (keys[0], keys[3]), (account, plan.name, *plan.terms))
+    reply = await store.run("create", (keys[0], keys[3]), (account, plan.name, plan.terms))
     if reply[0] == b"exists":
         raise Rejected(f"account {account!r} exists already, on plan {reply[1].decode()!r}")
     return _funds(reply[1:])
@@ -212,7 +221,7 @@ async def set_plan(store: Store, account: str, operation: str, version: int, pla
     """Move an account to a plan. version 0: whatever comes next. Raises UnknownAccount, OperationConflict,
     Rejected for a version that is not newer, or while the clocks differ."""
     reply = await store.run(
-        "set_plan", money_keys(account), (account, operation, version, _gateway_ms(), plan.name, *plan.terms)
+        "set_plan", money_keys(account), (account, operation, version, _gateway_ms(), plan.name, plan.terms)
     )
     match reply[0]:
         case b"unknown_account":
@@ -222,9 +231,7 @@ async def set_plan(store: Store, account: str, operation: str, version: int, pla
         case b"skewed":
             raise Rejected("the clocks of store and gateway differ by more than a minute; nothing was done")
         case b"stale":
-            raise Rejected(
-                f"version {version} is not newer than {reply[1].decode()}, which was applied; nothing was done"
-            )
+            raise Rejected(f"version {version} is not newer than {reply[1]}, which was applied; nothing was done")
     return _funds(reply[2:])
 
 
@@ -240,22 +247,23 @@ async def credit(
         case b"conflict":
             raise OperationConflict(operation)
         case b"too_large":
-            raise Rejected(f"the balance has room for {format_credits(int(reply[1]))} credits more")
+            raise Rejected(f"the balance has room for {format_credits(reply[1])} credits more")
         case b"exceeds_free":
-            raise Rejected(f"at most {format_credits(int(reply[1]))} credits are neither spent nor held by requests")
+            raise Rejected(f"at most {format_credits(reply[1])} credits are neither spent nor held by requests")
         case b"exceeds_spent":
             raise Rejected(
-                f"at most {format_credits(int(reply[1]))} credits were charged to the balance and not refunded yet"
+                f"at most {format_credits(reply[1])} credits were charged to the balance and not refunded yet"
             )
-    return int(reply[2]), reply[1] == b"1"
+    return reply[2], reply[1] == 1
 
 
 async def show(store: Store, account: str, plan: Plan) -> Funds | str:
     """The account's funds, or the name of its plan if that is another one. Raises UnknownAccount."""
-    reply = await store.run("show", (account_key(account),), (plan.name, *plan.terms))
+    reply = await store.run("show", (account_key(account),), (plan.name, plan.terms))
     match reply[0]:
         case b"unknown_account":
             raise UnknownAccount(account)
         case b"other_plan":
-            return reply[1].decode()
+            name: str = reply[1].decode()
+            return name
     return _funds(reply[1:])

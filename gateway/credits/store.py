@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from textwrap import indent
+from typing import Any
 
 from gateway.credits.addresses import read_url
 from gateway.credits.cluster import Cluster
@@ -24,6 +26,10 @@ log = logging.getLogger(__name__)
 
 SCRIPTS = ("reserve", "extend", "settle", "release", "due", "create", "set_plan", "credit", "refund", "show")
 _INCLUDE = re.compile(r"^--#include (.+)$", re.MULTILINE)
+_ON_DEMAND = re.compile(r"--#on-demand (\w+)")
+_FUNCTION = re.compile(r"^local function (\w+)\((.*?)\).*?^end\n", re.MULTILINE | re.DOTALL)
+_COMMENT = re.compile(r"--.*")
+_WORD = re.compile(r"\w+")
 _SETTINGS = ("maxmemory", "maxmemory-policy", "appendonly", "appendfsync")
 _SCAN_COUNT = 1000
 
@@ -42,10 +48,44 @@ def load_script(name: str) -> Script:
     folder = files("gateway.credits") / "lua"
 
     def libraries(match: re.Match[str]) -> str:
-        return "\n".join((folder / "lib" / f"{library}.lua").read_text() for library in match[1].split())
+        return "\n".join(_library((folder / "lib" / f"{library}.lua").read_text()) for library in match[1].split())
 
-    text = _INCLUDE.sub(libraries, (folder / f"{name}.lua").read_text())
+    text = _tidied(_INCLUDE.sub(libraries, (folder / f"{name}.lua").read_text()))
     return Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+def _library(text: str) -> str:
+    """A library's text; one that is there on demand becomes the body of the function that its first line names, so that
+    only a call of that defines what is in it."""
+    on_demand = _ON_DEMAND.match(text)
+    if on_demand is None:
+        return text
+    name = on_demand[1]
+    return f"local function {name}(...)\n{indent(text, '  ')}\n  return {name}(...)\nend\n"
+
+
+def _tidied(text: str) -> str:
+    """A script without the functions that it never calls, and with those that only one on demand calls inside that:
+    every call of a script defines all its functions anew, which costs the store 0.15 µs each."""
+    called, called_on_demand = _words(_FUNCTION.sub("", text)), set[str]()
+    on_demand, inside = "", ""
+    for function in reversed(list(_FUNCTION.finditer(text))):  # each calls only those before it
+        whole, name, arguments = function.group(0, 1, 2)
+        if name in called and arguments == "...":
+            on_demand = whole
+            called_on_demand |= _words(whole)
+        elif name in called:
+            called |= _words(whole)
+        else:
+            text = text.replace(whole, "")
+            if name in called_on_demand:
+                called_on_demand |= _words(whole)
+                inside = indent(whole, "  ") + inside
+    return text.replace(on_demand, on_demand.replace("\n", f"\n{inside}", 1)) if inside else text
+
+
+def _words(text: str) -> set[str]:
+    return set(_WORD.findall(_COMMENT.sub("", text)))
 
 
 class Store:
@@ -106,8 +146,9 @@ class Store:
                 raise reply
         return replies
 
-    async def run(self, name: str, keys: tuple[str, ...], args: tuple[str | int, ...]) -> list[bytes]:
-        """One script; its keys share a slot. Raises StoreUnavailable or StoreRefused."""
+    async def run(self, name: str, keys: tuple[str, ...], args: tuple[str | int, ...]) -> list[Any]:
+        """One script; its keys share a slot. What it returns: texts as bytes, numbers as int. Raises
+        StoreUnavailable or StoreRefused."""
         script = self._scripts[name]
         started = time.perf_counter()
         try:

@@ -4,21 +4,20 @@ from typing import Literal
 
 from gateway.domain.plan import FULL_RATE_PPM, Plan
 from gateway.domain.value import value
+from gateway.domain.window import window_at
 
 Source = Literal["allowance", "payg", "mixed"]
 
 
 @value(frozen=True, slots=True)
 class WindowFunds:
-    """One window of an allowance. refresh_ms: its length. resets_at_ms: its end, milliseconds since 1970.
-    next_granted_nano: what the next window will grant."""
+    """One window of an allowance. refresh_ms: its length. resets_at_ms: its end, milliseconds since 1970."""
 
     refresh_ms: int
     granted_nano: int
     used_nano: int
     held_nano: int
     resets_at_ms: int
-    next_granted_nano: int
 
     @property
     def remaining_nano(self) -> int:
@@ -26,7 +25,7 @@ class WindowFunds:
         return max(0, self.granted_nano - self.used_nano - self.held_nano)
 
 
-_NO_WINDOW = WindowFunds(0, 0, 0, 0, 0, 0)
+_NO_WINDOW = WindowFunds(0, 0, 0, 0, 0)
 
 
 @value(frozen=True, slots=True)
@@ -80,15 +79,22 @@ class Funds:
         """Prepaid credits that no request in flight holds."""
         return self.balance_nano - self.balance_held_nano
 
-    def allowance_at_nano(self, moment_ms: int) -> int:
-        """What the allowance could pay at a coming moment, if nothing is in flight and nothing is used until then."""
+    def allowance_at_nano(self, moment_ms: int, plan: Plan) -> int:
+        """What the plan's allowance could pay at a coming moment, if nothing is in flight and nothing is used until
+        then."""
         return min(
             (
-                w.next_granted_nano if w.resets_at_ms <= moment_ms else max(0, w.granted_nano - w.used_nano)
+                self._next_grant_nano(w, plan) if w.resets_at_ms <= moment_ms else max(0, w.granted_nano - w.used_nano)
                 for w in self.windows
             ),
             default=0,
         )
+
+    def _next_grant_nano(self, window: WindowFunds, plan: Plan) -> int:
+        """What the window after one grants; 0 if the plan has none of that length."""
+        at_ms = max(self.now_ms, window.resets_at_ms)
+        allowances = (allowance for allowance in plan.allowances if allowance.refresh_ms == window.refresh_ms)
+        return next((window_at(allowance, at_ms).granted_nano for allowance in allowances), 0)
 
 
 @value(frozen=True, slots=True)
@@ -187,7 +193,7 @@ def deny(required_nano: int, funds: Funds, plan: Plan) -> Denied:
     free = affordable_nano(funds, plan)
 
     def fits(moment_ms: int) -> bool:
-        return _at_list_price(funds.allowance_at_nano(moment_ms), plan) + balance >= required_nano
+        return _at_list_price(funds.allowance_at_nano(moment_ms, plan), plan) + balance >= required_nano
 
     enough = next((w for w in sorted(funds.windows, key=lambda w: w.resets_at_ms) if fits(w.resets_at_ms)), None)
     held = any(window.held_nano for window in funds.windows) or (plan.payg and funds.balance_held_nano > 0)

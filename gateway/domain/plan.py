@@ -1,7 +1,6 @@
 """Plans: what an account may spend, how often it refreshes and at which rate."""
 
 from dataclasses import field
-from itertools import chain
 from typing import Literal
 
 from gateway.domain.value import value
@@ -47,11 +46,11 @@ class Plan:
     rate_ppm: int = FULL_RATE_PPM
     payg: bool = True
     on_lost: OnLost = "charge_seen"
-    #: The same in a row, as the store's scripts take it: rate, payg (0 or 1), on_lost, then kind, amount and refresh of
-    #: each allowance. Two calls of every request give it.
-    terms: tuple[str | int, ...] = field(init=False, repr=False, compare=False)
+    #: The same as the store's scripts take it (``credits/lua/lib/terms.lua``). Two calls of every request give it.
+    terms: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        windows = ((one.kind, one.amount_nano, one.refresh_ms) for one in self.allowances)
-        terms = (self.rate_ppm, int(self.payg), self.on_lost, *chain.from_iterable(windows))
+        lengths = "".join(f",{one.refresh_ms}" for one in self.allowances)
+        windows = ";".join(f"{one.kind},{one.amount_nano},{one.refresh_ms}" for one in self.allowances)
+        terms = f"{self.rate_ppm}|{int(self.payg)}|{self.on_lost}|{lengths}|{windows}"
         object.__setattr__(self, "terms", terms)

@@ -157,7 +157,9 @@ class Books:
 
     async def seen(self, customer: Customer) -> tuple[int, int]:
         """What the only open reservation has recorded: nano-credits, and output tokens."""
-        *_, seen_nano, _at_rate, _written_off, note = await self.record(customer)
+        # What was seen is the end of a record, and not there before.
+        fields = [*await self.record(customer), "0", "0", "0", ""][:17]
+        *_, seen_nano, _at_rate, _written_off, note = fields
         return int(seen_nano), json.loads(note)["tokens"]["output"] if note else 0
 
     async def ended(self, customer: Customer) -> None:

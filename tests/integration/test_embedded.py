@@ -16,8 +16,13 @@ from pathlib import Path
 import pytest
 import redis
 
-from gateway.credits import embedded
+from gateway.credits import embedded, scripts
 from gateway.credits.embedded import EmbeddedStore, EmbeddedStoreError, running_url
+from gateway.credits.keyspace import account_key, reservation_id
+from gateway.domain.plan import DAY_MS, Allowance, Plan
+from gateway.domain.price import Cost
+from gateway.telemetry.metrics import Metrics
+from tests.stores import started_store
 
 #: A gateway reduced to its store: starts it, writes 100 settled amounts, says so, waits to be killed.
 GATEWAY = """
@@ -154,6 +159,31 @@ async def test_runs_with_the_promised_settings(tmp_path: Path, appendfsync: str)
         "loglevel": "notice",
     }
     assert {name: settings[name] for name in promised} == promised
+
+
+async def test_an_account_with_large_figures_stays_compact(tmp_path: Path) -> None:
+    plan = Plan("large", (Allowance("per_window", 10**15, DAY_MS),))
+    amount = Cost(10**12, 10**12)
+    async with running(EmbeddedStore(tmp_path)) as server, started_store(server.url, Metrics({}, [])) as store:
+        await scripts.create(store, "acme", plan)
+        for number in range(2):
+            reservation = reservation_id("acme", f"{number:024x}")
+            await scripts.reserve(
+                store,
+                "acme",
+                reservation,
+                plan=plan,
+                amount=amount,
+                minimum_nano=0,
+                alone_nano=0,
+                lease_ms=60_000,
+                key_id="",
+                model="model",
+            )
+            if number == 0:
+                await scripts.settle(store, "acme", reservation, plan=plan, cost=amount, note="")
+        assert len(await store.call("HGET", account_key("acme"), "w1")) > 64
+        assert await store.call("OBJECT", "ENCODING", account_key("acme")) == b"listpack"
 
 
 async def test_data_survives_a_restart(tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ async def test_a_months_windows_sum_to_the_monthly_figure(
         funds = await operator.funds(ACCOUNT)
         assert announced in {None, funds.granted_nano}
         assert funds.resets_at_ms == at_ms + refresh_ms
-        total, announced = total + funds.granted_nano, funds.windows[0].next_granted_nano
+        total, announced = total + funds.granted_nano, funds.allowance_at_nano(at_ms + refresh_ms, PLANS[plan])
     assert total == monthly
 
 

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 
 import pytest
+import redis
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -58,7 +59,7 @@ def test_covered_by_rounds_down_exactly(lua: Lua, nano: int, rate_ppm: int, limi
 def test_an_amount_is_covered_by_exactly_what_it_costs_at_the_rate(
     lua: Lua, limit: int, rate_ppm: int, off: int
 ) -> None:
-    nano = max(0, -(-limit * rate_ppm // 1_000_000) + off)
+    nano = min(MAX_NANO, max(0, -(-limit * rate_ppm // 1_000_000) + off))
     assert lua("covered_by(a, b, c)", nano, rate_ppm, limit) == [min(limit, nano * 1_000_000 // rate_ppm)]
 
 
@@ -72,6 +73,13 @@ def test_what_is_not_a_whole_number_within_the_exact_range_is_an_error(valkey: T
     assert isinstance(reply, list)
     assert reply[0] is None, reply
     assert b"amount is " in reply[1]
+
+
+def test_a_server_that_counts_with_32_bits_is_refused(valkey: TimedServer) -> None:
+    library = (files("gateway.credits") / "lua/lib/number.lua").read_text()
+    narrow = "local string = {format = function(_, value) return tostring(value % 2^31) end}\n"
+    with pytest.raises(redis.ResponseError, match="a server of 32 bits cannot keep credits"):
+        valkey.server.command("EVAL", f"{narrow}{library}\nreturn 1", 0)
 
 
 def test_numbers_beyond_100_000_credits_are_written_in_full(lua: Lua) -> None:

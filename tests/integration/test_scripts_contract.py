@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import pytest
 import redis
@@ -16,38 +17,41 @@ from gateway.domain.money import MAX_NANO
 from gateway.domain.plan import DAY_MS, Allowance, Plan
 from gateway.telemetry.metrics import Metrics
 from tests.conftest import PLANS, TimedServer
-from tests.engine_calls import ACCOUNT, SHARD, extend, hold, new_identity, settle, spend
+from tests.engine_calls import ACCOUNT, SHARD, check_books, extend, hold, new_identity, settle, spend
 from tests.servers import MovableClock
 from tests.stores import started_store
 
-TERMS = (1_000_000, 1, "charge_seen", "per_window", 100, DAY_MS)
+TERMS = "1000000|1|charge_seen|,86400000|per_window,100,86400000"
 ID = "rsv_00ffffffffffffffffffffffff"
 MONEY_KEYS = money_keys(ACCOUNT)
 SHARD_KEYS = (shard_keys(SHARD).records, shard_keys(SHARD).due)
 NOW_MS = 1_804_000_000_000
-#: A call of each script that is as it should be: keys, arguments, and the argument from which on a plan's terms may
-#: follow (None: their number is fixed).
-CALLS: dict[str, tuple[tuple[str, ...], tuple[str | int, ...], int | None]] = {
-    "create": ((MONEY_KEYS[0], MONEY_KEYS[3]), (ACCOUNT, "standard", *TERMS), 5),
-    "reserve": (MONEY_KEYS, (ACCOUNT, ID, 5, 5, 5, 5, 60_000, NOW_MS, "", "model", "", "", 0, "standard", *TERMS), 17),
-    "extend": (MONEY_KEYS, (ACCOUNT, ID, 9, 9, 1, 1, "note", 60_000, NOW_MS, "standard", *TERMS), 13),
-    "settle": (MONEY_KEYS, (ACCOUNT, ID, 5, 5, "note", NOW_MS, "", "model", "standard", *TERMS), 12),
-    "release": (MONEY_KEYS, (ACCOUNT, ID, "void"), None),
-    "due": (SHARD_KEYS, (10, NOW_MS), None),
-    "set_plan": (MONEY_KEYS, (ACCOUNT, "op", 0, NOW_MS, "standard", *TERMS), 8),
-    "credit": (MONEY_KEYS, (ACCOUNT, "op", "grant", 5, "note"), None),
-    "refund": (MONEY_KEYS, (ACCOUNT, "op", ID, "note"), None),
-    "show": ((MONEY_KEYS[0],), ("standard", *TERMS), 4),
+#: A call of each script that is as it should be: keys, arguments.
+CALLS: dict[str, tuple[tuple[str, ...], tuple[str | int, ...]]] = {
+    "create": ((MONEY_KEYS[0], MONEY_KEYS[3]), (ACCOUNT, "standard", TERMS)),
+    "reserve": (MONEY_KEYS, (ACCOUNT, ID, "5,5,5,5,0,", 60_000, NOW_MS, "", "model", "", "standard", TERMS)),
+    "extend": (MONEY_KEYS, (ACCOUNT, ID, 9, 9, 1, 1, "note", 60_000, NOW_MS, "standard", TERMS)),
+    "settle": (MONEY_KEYS, (ACCOUNT, ID, 5, 5, "note", NOW_MS, "", "model", "standard", TERMS)),
+    "release": (MONEY_KEYS, (ACCOUNT, ID, "void")),
+    "due": (SHARD_KEYS, (10, NOW_MS)),
+    "set_plan": (MONEY_KEYS, (ACCOUNT, "op", 0, NOW_MS, "standard", TERMS)),
+    "credit": (MONEY_KEYS, (ACCOUNT, "op", "grant", 5, "note")),
+    "refund": (MONEY_KEYS, (ACCOUNT, "op", ID, "note")),
+    "show": ((MONEY_KEYS[0],), ("standard", TERMS)),
 }
-#: Arguments that are numbers: which one, in each script.
+#: Arguments that are numbers, or have some in them: which one, in each script, and what it is with another number.
 NUMBERS = [
-    *[("reserve", at) for at in (2, 3, 4, 5, 6, 7)],
-    *[("extend", at) for at in (2, 3, 4, 5, 7, 8)],
-    *[("settle", at) for at in (2, 3, 5)],
-    *[("set_plan", at) for at in (2, 3)],
-    *[("due", at) for at in (0, 1)],
-    ("credit", 3),
-    *[(name, first_term + at) for name, first_term in (("create", 2), ("show", 1)) for at in (0, 4, 5)],
+    *[("reserve", at, "{}") for at in (3, 4)],
+    *[("reserve", 2, asked) for asked in ("{},5,5,5,0,", "5,{},5,5,0,", "5,5,{},5,0,", "5,5,5,{},0,")],
+    *[("extend", at, "{}") for at in (2, 3, 4, 5, 7, 8)],
+    *[("settle", at, "{}") for at in (2, 3, 5)],
+    *[("set_plan", at, "{}") for at in (2, 3)],
+    *[("due", at, "{}") for at in (0, 1)],
+    ("credit", 3, "{}"),
+    *[(name, at, "{}|1|charge_seen|,86400000|per_window,100,86400000") for name, at in (("create", 2), ("show", 1))],
+    # The windows of a plan are read where the account's are others.
+    ("set_plan", 5, "1000000|1|charge_seen|,3600000|per_window,{},3600000"),
+    ("set_plan", 5, "1000000|1|charge_seen|,3600000|per_window,100,{}"),
 ]
 
 
@@ -64,33 +68,32 @@ async def test_a_call_with_too_few_or_too_many_arguments_or_keys_is_refused(
     store: Store, valkey: TimedServer, acme: Identity
 ) -> None:
     before = stored(valkey)
-    for name, (keys, arguments, least) in CALLS.items():
+    for name, (keys, arguments) in CALLS.items():
         takes = f"{name} takes {len(keys)} key"
         with pytest.raises(StoreRefused, match=takes):
             await store.run(name, (*keys, keys[0]), arguments)
         with pytest.raises(StoreRefused, match=takes):
-            await store.run(name, keys, arguments[: (least or len(arguments)) - 1])
-        if least is None:
-            with pytest.raises(StoreRefused, match=takes):
-                await store.run(name, keys, (*arguments, "more"))
+            await store.run(name, keys, arguments[:-1])
+        with pytest.raises(StoreRefused, match=takes):
+            await store.run(name, keys, (*arguments, "more"))
     assert stored(valkey) == before
 
 
 async def test_an_account_that_is_not_there_is_never_made_by_the_way(store: Store, valkey: TimedServer) -> None:
     before = stored(valkey)
     for name in sorted(set(SCRIPTS) - {"create", "due"}):
-        keys, arguments, _ = CALLS[name]
+        keys, arguments = CALLS[name]
         assert await store.run(name, keys, arguments) == [b"unknown_account"], name
     assert stored(valkey) == before
 
 
 async def test_what_is_not_a_whole_number_is_refused(store: Store, valkey: TimedServer, acme: Identity) -> None:
     before = stored(valkey)
-    for name, at in NUMBERS:
-        keys, arguments, _ = CALLS[name]
+    for name, at, text in NUMBERS:
+        keys, arguments = CALLS[name]
         for wrong, complaint in (("-1", "is not a whole number: -1"), (MAX_NANO + 1, "is too large: ")):
             with pytest.raises(StoreRefused, match=complaint):
-                await store.run(name, keys, (*arguments[:at], wrong, *arguments[at + 1 :]))
+                await store.run(name, keys, (*arguments[:at], text.format(wrong), *arguments[at + 1 :]))
     assert stored(valkey) == before
 
 
@@ -111,7 +114,7 @@ async def test_a_full_store_refuses_a_script_before_it_has_done_anything(
     valkey.server.command("CONFIG", "SET", "maxmemory", 1)
     try:
         for name in sorted(set(SCRIPTS) - {"show"}):
-            keys, arguments, _ = CALLS[name]
+            keys, arguments = CALLS[name]
             with pytest.raises(StoreRefused, match=r"^OOM .* 'maxmemory'\.$"):  # no line of the script is named
                 await store.run(name, keys, arguments)
     finally:
@@ -214,6 +217,27 @@ async def test_only_what_changed_of_an_account_is_written(
         {"balance", "sequence"},
         {"plan", "plan_version", "sequence"},
     ]
+
+
+async def test_what_earlier_versions_stored_is_read(
+    engine: CreditEngine, operator: Operator, store: Store, acme: Identity
+) -> None:
+    """They stored an account's zeros, the day, and of every open reservation its rate and what was seen of it."""
+    await operator.credit(ACCOUNT, 100, "grant")
+    held, lost = await hold(engine, acme, 10), await hold(engine, acme, 20)
+    numbers = {"plan_version": 0, "balance_held": 0, "day_used": 0, "day": 1_804_000_000_000}
+    await store.call("HSET", account_key(ACCOUNT), *chain.from_iterable(numbers.items()))
+    for one in (held, lost):
+        record = await store.call("HGET", SHARD_KEYS[0], one.id)
+        fields = record.split(b"|")
+        assert fields[5] == b""
+        fields[5] = b"1000000"
+        await store.call("HSET", SHARD_KEYS[0], one.id, b"|".join([*fields, b"0", b"0", b"0", b""]))
+    assert (await settle(engine, held, 7)).from_allowance_nano == 7
+    assert (await extend(engine, lost, 30, seen=5)).reserved.held_nano == 30
+    settlement = await operator.void_reservation(lost.id)
+    assert (settlement.state, settlement.cost_nano) == ("voided", 0)
+    await check_books(store)
 
 
 async def test_a_plan_change_leaves_no_window_behind(

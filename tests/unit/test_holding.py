@@ -188,7 +188,7 @@ async def test_a_store_that_stays_away_is_said_so(
 
 
 def test_all_credits_of_an_account_count_also_those_that_are_held() -> None:
-    windows = (WindowFunds(1, 900, 100, 500, 0, 0), WindowFunds(2, 600, 150, 0, 0, 0))
+    windows = (WindowFunds(1, 900, 100, 500, 0), WindowFunds(2, 600, 150, 0, 0))
     funds = Funds("p", balance_nano=30, balance_held_nano=20, now_ms=0, sequence=1, windows=windows)
     assert payable_nano(funds, Plan("p", rate_ppm=900_000)) == 450 * 10 // 9 + 30
     assert payable_nano(funds, Plan("p", payg=False)) == 450

@@ -186,5 +186,10 @@ def test_a_hash_with_a_figure_that_is_none(changes: dict[str, str]) -> None:
 
 
 def test_a_hash_without_a_figure() -> None:
-    with pytest.raises(ValueError, match="there is no balance"):
-        parse_live("alice", {name: text for name, text in LIVE.items() if name != "balance"})
+    with pytest.raises(ValueError, match="there is no sequence"):
+        parse_live("alice", {name: text for name, text in LIVE.items() if name != "sequence"})
+
+
+def test_a_hash_without_a_balance_has_never_had_one() -> None:
+    live = parse_live("alice", {name: text for name, text in LIVE.items() if not name.startswith("balance")})
+    assert (live.balance_nano, live.balance_held_nano) == (0, 0)

@@ -2,14 +2,13 @@
 --[[ create: open an account on a plan, in the windows of now, with a balance of 0.
 
 KEYS  1 account hash   2 shard's ledger
-ARGV  1 account   2 plan   3… the plan's terms: rate (ppm), payg (0/1), on_lost, then kind, amount (nano), refresh (ms)
-      per window
+ARGV  1 account   2 plan   3 the plan's terms
 Returns {'created', funds…} | {'exists', plan} ]]
---#include number window ledger account plan
+--#include number window ledger account terms rolling plan
 
-assert(#KEYS == 2 and #ARGV >= 5, 'create takes 2 keys and at least 5 arguments')
+assert(#KEYS == 2 and #ARGV == 3, 'create takes 2 keys and 3 arguments')
 local name, plan = ARGV[1], ARGV[2]
-local terms = read_terms(3)
+local terms = read_terms(ARGV[3])
 
 -- Check
 local existing = load_account(KEYS[1])
@@ -22,4 +21,4 @@ add_entry(account, 'open', name, {}, {'plan', plan})
 roll(account, terms, now)
 remember_time(account, now)
 save_account(account, KEYS[2], name, now)
-return funds(account, terms, now, {'created'})
+return {'created', funds(account, now)}

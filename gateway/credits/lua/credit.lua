@@ -24,22 +24,25 @@ local now = account_ms(account)
 -- Check
 local state = operation_state(KEYS[2], name, id, kind, ARGV[4])
 if state == 'conflict' then return {'conflict'} end
-if state == 'repeated' then return {'credited', '1', digits(account.balance)} end
+if state == 'repeated' then return {'credited', 1, account.balance} end
 if kind == 'deduct' then
-  if amount > balance_free(account) then return {'exceeds_free', digits(balance_free(account))} end
+  if amount > balance_free(account) then return {'exceeds_free', balance_free(account)} end
 elseif account.balance + amount > MAX_NANO then
-  return {'too_large', digits(MAX_NANO - account.balance)}
+  return {'too_large', MAX_NANO - account.balance}
 end
 if kind == 'refund' and amount > refundable_balance(KEYS[1]) then
-  return {'exceeds_spent', digits(refundable_balance(KEYS[1]))}
+  return {'exceeds_spent', refundable_balance(KEYS[1])}
 end
 
 -- Write
 local change = kind == 'deduct' and -amount or amount
 account.balance = account.balance + change
 add_total(account, totals[kind], amount)
-add_entry(account, kind, id, {{totals[kind], -change}, {'balance', change}}, {'note', ARGV[5]})
+local postings = {}
+post(postings, totals[kind], -change)
+post(postings, 'balance', change)
+add_entry(account, kind, id, postings, {'note', ARGV[5]})
 remember_time(account, now)
 save_account(account, KEYS[4], name, now)
 write_operation(KEYS[2], KEYS[3], name, id, kind, ARGV[4], now)
-return {'credited', '0', digits(account.balance)}
+return {'credited', 0, account.balance}

@@ -10,10 +10,10 @@ Nothing is done while the two clocks differ: a store whose clock has jumped must
 
 assert(#KEYS == 2 and #ARGV == 2, 'due takes 2 keys and 2 arguments')
 local limit = whole(ARGV[1], 'limit')
-if clocks_differ(whole(ARGV[2], 'gateway clock')) then return {'0'} end
+if clocks_differ(whole(ARGV[2], 'gateway clock')) then return {0} end
 
-local ids = redis.call('ZRANGEBYSCORE', KEYS[2], 1, digits(store_ms()), 'LIMIT', 0, limit)
-local reply = {digits(#ids)}
+local ids = redis.call('ZRANGEBYSCORE', KEYS[2], 1, store_ms(), 'LIMIT', 0, limit)
+local reply = {#ids}
 for _, id in ipairs(ids) do
   local record = read_record(KEYS[1], id)
   if record and record.state == 'open' then

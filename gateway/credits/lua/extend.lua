@@ -5,7 +5,7 @@ KEYS  1 account hash   2 shard's records   3 shard's due set   4 shard's ledger
 ARGV  1 account   2 reservation id   3 hold wanted in all at list price (nano)   4 the same at the plan's rate (nano)
       5 cost seen so far at list price (nano)   6 the same at the plan's rate (nano)   7 note for the ledger, were the
       seen cost to be charged; it holds no '|'   8 lease from now (ms)   9 the gateway's clock (ms)
-      10 plan   11… the plan's terms, as in reserve
+      10 plan   11 the plan's terms
 Returns {'extended', from allowance, from balance, list-price cost covered, funds…}: all that is held now, which is less
           than was wanted where credits ran short
         {'ended', state, funds…}: the reservation is over   {'unknown_account'} | {'unknown_reservation'}
@@ -15,9 +15,9 @@ One whose lease has run out is opened again: what its expiry charged is taken ba
 A repeat changes nothing: what is wanted is a total, and nothing is ever given back here. The hold grows at the rate
 that was pinned by the reservation, from the windows of now. Where a refresh is due that this call may not make (the
 account has left the plan, or the clocks of gateway and store differ), it grows from the balance alone. ]]
---#include number window ledger account plan reservation charge
+--#include number window ledger account terms rolling plan reservation charge
 
-assert(#KEYS == 4 and #ARGV >= 13, 'extend takes 4 keys and at least 13 arguments')
+assert(#KEYS == 4 and #ARGV == 11, 'extend takes 4 keys and 11 arguments')
 local name, id = ARGV[1], ARGV[2]
 local wanted = whole(ARGV[3], 'hold wanted')
 local wanted_at_rate = whole(ARGV[4], 'hold wanted at rate')
@@ -26,7 +26,7 @@ local seen_at_rate = whole(ARGV[6], 'cost seen at rate')
 local lease = whole(ARGV[8], 'lease')
 local gateway_ms = whole(ARGV[9], 'gateway clock')
 local plan = ARGV[10]
-local terms = read_terms(11)
+local terms = read_terms(ARGV[11])
 
 -- Read
 local account = load_account(KEYS[1])
@@ -37,7 +37,7 @@ local now = account_ms(account)
 
 -- Check
 if record.state ~= 'open' and record.state ~= 'expired' then
-  return funds(account, terms, now, {'ended', record.state})
+  return {'ended', record.state, funds(account, now)}
 end
 if record.state == 'expired' then
   local postings = {}
@@ -72,5 +72,4 @@ end
 remember_time(account, now)
 save_account(account, KEYS[4], name, now)
 write_record(KEYS[2], KEYS[3], id, record)
-return funds(account, terms, now,
-  {'extended', digits(parts_sum(record.parts)), digits(record.from_balance), digits(record.payg)})
+return {'extended', parts_sum(record.parts), record.from_balance, record.payg, funds(account, now)}

@@ -11,7 +11,7 @@ Returns {'refunded', id, from allowance, from balance, written off, repeated (0/
 
 Prepaid credits return to the balance. Allowance returns to its window as long as that lasts; afterwards it has lapsed,
 as it would have unused. Refunding the same reservation again, under whichever id, answers what was done. ]]
---#include number window ledger account plan reservation charge operation
+--#include number window ledger account terms rolling plan reservation charge operation
 
 assert(#KEYS == 4 and #ARGV == 4, 'refund takes 4 keys and 4 arguments')
 local name, operation, id = ARGV[1], ARGV[2], ARGV[3]
@@ -29,7 +29,7 @@ if not record or record.account ~= name then return {'unknown_reservation'} end
 if record.state == 'refunded' then return ended_reply(id, 'refunded', record, true) end
 if record.state ~= 'settled' and record.state ~= 'expired' then return {'not_settled', record.state} end
 local refundable = refundable_balance(KEYS[1])
-if record.from_balance > refundable then return {'exceeds_spent', digits(refundable)} end
+if record.from_balance > refundable then return {'exceeds_spent', refundable} end
 
 -- Write
 local postings = {}

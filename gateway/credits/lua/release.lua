@@ -12,7 +12,7 @@ A voided one costs nothing and is over; if it had expired, what that charged is 
 its plan says (on_lost): what it was seen to cost, its whole hold, or nothing; it keeps its record, so that a late
 settlement still lands once. What an earlier window's hold leaves lapses. The window is not rolled: nothing here needs
 it. ]]
---#include number window ledger account plan reservation idempotency charge
+--#include number window ledger account terms rolling plan reservation idempotency charge
 
 assert(#KEYS == 4 and #ARGV == 3, 'release takes 4 keys and 3 arguments')
 local name, id, verb = ARGV[1], ARGV[2], ARGV[3]
@@ -27,7 +27,7 @@ local now = account_ms(account)
 -- Check
 local late = verb == 'void' and record.state == 'expired'
 if record.state ~= 'open' and not late then return ended_reply(id, record.state, record, true) end
-if verb == 'expire' and now < record.expires then return {'open', digits(record.expires)} end
+if verb == 'expire' and now < record.expires then return {'open', record.expires} end
 local cost, cost_at_rate = 0, 0
 if verb ~= 'void' and record.on_lost == 'charge_seen' then
   cost, cost_at_rate = record.seen_payg, record.seen_at_rate

@@ -3,7 +3,7 @@
 
 KEYS  1 account hash   2 shard's records   3 shard's due set   4 shard's ledger
 ARGV  1 account   2 operation id   3 version of the change, or 0 for the next one   4 the gateway's clock (ms)
-      5 plan   6… the plan's terms: rate (ppm), payg (0/1), on_lost, then kind, amount (nano), refresh (ms) per window
+      5 plan   6 the plan's terms
 Returns {'changed', repeated (0/1), funds…}
         {'stale', version}: a change of this version or a newer one was applied before
         {'conflict'}: the operation id was used for something else   {'unknown_account'}
@@ -11,13 +11,13 @@ Returns {'changed', repeated (0/1), funds…}
 
 What was used in a window stays used, and what is held stays held. A window of a new length counts what was used before
 it today, so that no sequence of changes hands out an allowance twice. ]]
---#include number window ledger account plan operation
+--#include number window ledger account terms rolling plan operation
 
-assert(#KEYS == 4 and #ARGV >= 8, 'set_plan takes 4 keys and at least 8 arguments')
+assert(#KEYS == 4 and #ARGV == 6, 'set_plan takes 4 keys and 6 arguments')
 local name, id, plan = ARGV[1], ARGV[2], ARGV[5]
 local version = whole(ARGV[3], 'version')
 local gateway_ms = whole(ARGV[4], 'gateway clock')
-local terms = read_terms(6)
+local terms = read_terms(ARGV[6])
 
 -- Read
 local account = load_account(KEYS[1])
@@ -27,10 +27,10 @@ local now = account_ms(account)
 -- Check
 local state = operation_state(KEYS[2], name, id, 'plan', plan .. ',' .. ARGV[3])
 if state == 'conflict' then return {'conflict'} end
-if state == 'repeated' then return funds(account, terms, now, {'changed', '1'}) end
+if state == 'repeated' then return {'changed', 1, funds(account, now)} end
 if version == 0 then version = account.plan_version + 1 end
-if version <= account.plan_version then return {'stale', digits(account.plan_version)} end
-if skewed(account, now, gateway_ms) then return {'skewed', digits(store_ms())} end
+if version <= account.plan_version then return {'stale', account.plan_version} end
+if skewed(account, now, gateway_ms) then return {'skewed', store_ms()} end
 
 -- Write
 roll(account, terms, now)
@@ -42,4 +42,4 @@ add_entry(account, 'plan', id, postings, {'plan', plan})
 remember_time(account, now)
 save_account(account, KEYS[4], name, now)
 write_operation(KEYS[2], KEYS[3], name, id, 'plan', plan .. ',' .. ARGV[3], now)
-return funds(account, terms, now, {'changed', '0'})
+return {'changed', 0, funds(account, now)}

@@ -4,7 +4,7 @@
 KEYS  1 account hash   2 shard's records   3 shard's due set   4 shard's ledger
 ARGV  1 account   2 reservation id   3 cost at list price (nano)   4 cost at the plan's rate (nano)
       5 note for the ledger   6 when the reservation was made (ms, store's clock)   7 key id   8 model
-      9 plan   10… the plan's terms, as in reserve
+      9 plan   10 the plan's terms
 Returns {'settled' | 'voided' | 'refunded', id, from allowance, from balance, written off, repeated (0/1), funds…}
         {'unknown_account'} | {'unknown_reservation'}
 
@@ -15,14 +15,14 @@ that is taken back, and the actual cost charged instead. A repeat answers what w
 
 The window is not rolled: until the next reservation rolls it, the window of this one is still open, and what this one
 leaves lapses with the rest of it. ]]
---#include number window ledger account plan reservation charge
+--#include number window ledger account terms rolling plan reservation charge
 
-assert(#KEYS == 4 and #ARGV >= 12, 'settle takes 4 keys and at least 12 arguments')
+assert(#KEYS == 4 and #ARGV == 10, 'settle takes 4 keys and 10 arguments')
 local name, id, plan = ARGV[1], ARGV[2], ARGV[9]
 local cost = whole(ARGV[3], 'cost')
 local cost_at_rate = whole(ARGV[4], 'cost at rate')
 local created = whole(ARGV[6], 'creation')
-local terms = read_terms(10)
+local terms = read_terms(ARGV[10])
 
 -- Read
 local account = load_account(KEYS[1])
@@ -41,7 +41,7 @@ if not record then
 end
 if record.state ~= 'open' and record.state ~= 'expired' and record.state ~= 'lost' then
   if account.plan == plan then roll(account, terms, now) end
-  return funds(account, terms, now, ended_reply(id, record.state, record, true))
+  return ended_reply(id, record.state, record, true, funds(account, now))
 end
 
 -- Write
@@ -53,4 +53,4 @@ add_entry(account, 'settle', id, postings, {'model', record.model, 'key', record
 save_account(account, KEYS[4], name, now)
 write_ended(KEYS[2], KEYS[3], id, 'settled', name, charged, now)
 if account.plan == plan then roll(account, terms, now) end -- in the answer only: saved above
-return funds(account, terms, now, ended_reply(id, 'settled', charged, false))
+return ended_reply(id, 'settled', charged, false, funds(account, now))

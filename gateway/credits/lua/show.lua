@@ -2,16 +2,16 @@
 --[[ show: an account's credits as they are now, its windows rolled in the answer only.
 
 KEYS  1 account hash
-ARGV  1 plan   2… the plan's terms: rate (ppm), payg (0/1), on_lost, then kind, amount (nano), refresh (ms) per window
+ARGV  1 plan   2 the plan's terms
 Returns {'funds', funds…} | {'unknown_account'} | {'other_plan', plan} ]]
---#include number window ledger account plan
+--#include number window ledger account terms rolling plan
 
-assert(#KEYS == 1 and #ARGV >= 4, 'show takes 1 key and at least 4 arguments')
-local terms = read_terms(2)
+assert(#KEYS == 1 and #ARGV == 2, 'show takes 1 key and 2 arguments')
+local terms = read_terms(ARGV[2])
 
 local account = load_account(KEYS[1])
 if not account then return {'unknown_account'} end
 if account.plan ~= ARGV[1] then return {'other_plan', account.plan} end
 local now = account_ms(account)
 roll(account, terms, now)
-return funds(account, terms, now, {'funds'})
+return {'funds', funds(account, now)}

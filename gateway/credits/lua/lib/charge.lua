@@ -16,7 +16,7 @@ end
 local function use_part(account, record, part, used, sign, postings)
   local today = record.created and record.created >= account.day
   for _, window in ipairs(account.windows) do
-    local holder, book = holder_of(window, part), tostring(window.refresh)
+    local holder, book = holder_of(window, part), window.book
     if holder == 'held' or holder == 'adopted' then
       -- A window that took another's place has not seen all that was used in that one.
       local change = math.max(sign * used, -window.used)
@@ -34,8 +34,8 @@ local function use_part(account, record, part, used, sign, postings)
     local window = same_length(account.windows, span.refresh)
     -- Its window was closed, and what it held lapsed, when the plan no longer had one of that length.
     if not window or not holder_of(window, part) then
-      post(postings, 'lapsed:' .. tostring(span.refresh), -sign * used)
-      post(postings, 'used:' .. tostring(span.refresh), sign * used)
+      post(postings, 'lapsed:' .. digits(span.refresh), -sign * used)
+      post(postings, 'used:' .. digits(span.refresh), sign * used)
     end
   end
   if today then account.day_used = math.max(0, account.day_used + sign * used) end
@@ -46,8 +46,8 @@ local function use_now(account, nano, charged, postings)
   for i, window in ipairs(account.windows) do
     part.spans[i] = {refresh = window.refresh, epoch = window.epoch}
     window.used = window.used + nano
-    post(postings, 'window:' .. tostring(window.refresh), -nano)
-    post(postings, 'used:' .. tostring(window.refresh), nano)
+    post(postings, 'window:' .. window.book, -nano)
+    post(postings, 'used:' .. window.book, nano)
   end
   account.day_used = account.day_used + nano
   charged.parts[#charged.parts + 1] = part
@@ -55,14 +55,18 @@ end
 
 local function move_outcome(account, charged, sign, postings)
   local used, balance, written_off = parts_sum(charged.parts), charged.from_balance, charged.written_off
-  account.balance = account.balance - sign * balance
-  post(postings, 'balance', -sign * balance)
-  post(postings, 'spent', sign * balance)
-  post(postings, 'unpaid', -sign * written_off)
-  post(postings, 'written_off', sign * written_off)
-  add_total(account, 'used', sign * used)
-  add_total(account, 'spent', sign * balance)
-  add_total(account, 'written_off', sign * written_off)
+  if used > 0 then add_total(account, 'used', sign * used) end
+  if balance > 0 then
+    account.balance = account.balance - sign * balance
+    post(postings, 'balance', -sign * balance)
+    post(postings, 'spent', sign * balance)
+    add_total(account, 'spent', sign * balance)
+  end
+  if written_off > 0 then
+    post(postings, 'unpaid', -sign * written_off)
+    post(postings, 'written_off', sign * written_off)
+    add_total(account, 'written_off', sign * written_off)
+  end
 end
 
 -- End a record's hold with a cost (list price, and at the plan's rate); returns what was charged.
@@ -91,7 +95,7 @@ local function charge(account, record, cost, cost_at_rate, postings)
     own = covered == rest and math.min(free, at_rate(rest, record.rate)) or free
     rest = rest - covered
   end
-  use_now(account, own, charged, postings)
+  if own > 0 then use_now(account, own, charged, postings) end
   if record.payg_allowed then
     -- The released part of the hold is free again, but it has paid above already.
     local more = math.min(rest, balance_free(account) - charged.from_balance)

@@ -13,17 +13,17 @@ local function earlier_request(records, name, key_hash, body_hash)
   if body ~= body_hash then return {'other_body'} end
   local record = read_record(records, id)
   if not record then return nil end
-  if record.state == 'open' then return {'in_progress', id, '0'} end
+  if record.state == 'open' then return {'in_progress', id, 0} end
   local cost = parts_sum(record.parts) + record.from_balance + record.written_off
   if record.state == 'expired' and cost == 0 then return nil end
-  return {'answered', id, digits(cost)}
+  return {'answered', id, cost}
 end
 
 local function remember_request(records, due, name, key_hash, body_hash, id, now)
   if key_hash == '' then return end
   local member = idempotency_member(name, key_hash)
   redis.call('HSET', records, member, body_hash .. '|' .. id)
-  redis.call('ZADD', due, digits(now + RETENTION_MS), member)
+  redis.call('ZADD', due, now + RETENTION_MS, member)
 end
 
 -- A request that cost nothing may come again. asked: its record's, which ends with the key's hash.

@@ -6,29 +6,28 @@
 -- unpaid against written_off; and per length of window granted:, window: (granted less used), used:, before: (held by
 -- reservations of ended windows) and lapsed:.
 
+-- Postings: the books in the order of their first mention, and each book's sum.
 local function post(postings, book, nano)
-  postings[#postings + 1] = {book, nano}
+  local sum = postings[book]
+  if not sum then postings[#postings + 1] = book end
+  postings[book] = (sum or 0) + nano
 end
 
--- One figure per book, in the order of their first mention; what comes to 0 is left out.
 local function postings_text(postings)
-  local order, sums = {}, {}
-  for _, posting in ipairs(postings) do
-    local book = posting[1]
-    if not sums[book] then order[#order + 1] = book end
-    sums[book] = (sums[book] or 0) + posting[2]
+  local text = ''
+  for _, book in ipairs(postings) do
+    local sum = postings[book]
+    if sum ~= 0 then text = string.format(text == '' and '%s%s %d' or '%s %s %d', text, book, sum) end
   end
-  local parts = {}
-  for _, book in ipairs(order) do
-    if sums[book] ~= 0 then parts[#parts + 1] = book .. ' ' .. digits(sums[book]) end
-  end
-  return table.concat(parts, ' ')
+  return text
 end
 
 local function used_text(account)
-  local used = {}
-  for i, window in ipairs(account.windows) do used[i] = digits(window.refresh) .. ':' .. digits(window.used) end
-  return table.concat(used, ' ')
+  local text = ''
+  for i, window in ipairs(account.windows) do
+    text = string.format(i == 1 and '%s%s:%d' or '%s %s:%d', text, window.book, window.used)
+  end
+  return text
 end
 
 -- Keep an entry in memory until the account is saved. used: what the windows have used by then, if they may change once
@@ -39,11 +38,10 @@ local function add_entry(account, kind, id, postings, more, used)
 end
 
 local function append_entries(account, ledger, name, now)
-  local used = used_text(account)
   for _, entry in ipairs(account.entries) do
     account.sequence = account.sequence + 1
-    redis.call('XADD', ledger, '*', 'account', name, 'sequence', digits(account.sequence), 'kind', entry.kind,
-      'id', entry.id, 'time', digits(now), 'postings', entry.postings, 'used_after', entry.used or used,
-      'balance_after', digits(account.balance), unpack(entry.more))
+    redis.call('XADD', ledger, '*', 'account', name, 'sequence', account.sequence, 'kind', entry.kind,
+      'id', entry.id, 'time', now, 'postings', entry.postings, 'used_after', entry.used or used_text(account),
+      'balance_after', account.balance, unpack(entry.more))
   end
 end

@@ -20,5 +20,5 @@ end
 local function write_operation(records, due, name, id, kind, parameters, now)
   local member = 'op:' .. name .. ':' .. id
   redis.call('HSET', records, member, table.concat({kind, name, parameters}, '|'))
-  redis.call('ZADD', due, digits(now + OPERATION_RETENTION_MS), member)
+  redis.call('ZADD', due, now + OPERATION_RETENTION_MS, member)
 end

@@ -2,7 +2,6 @@
 -- terms: {kind = 'per_window' | 'monthly', amount (nano), refresh (ms, divides a day)}
 
 local DAY_MS = 86400000
-local MONTH_DAYS = {31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31}
 
 -- Day of the month (1…31) and length of that month, of a day counted from 1970-01-01.
 -- Years are counted from 1 March, so that the leap day comes last
@@ -18,8 +17,9 @@ local function day_of_month(days)
   local day = day_of_year - math.floor((153 * march_month + 2) / 5) + 1
   local month = march_month < 10 and march_month + 3 or march_month - 9
   local year = year_of_era + era * 400 + (month <= 2 and 1 or 0)
+  local month_days = ({31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31})[month]
   local leap = year % 4 == 0 and (year % 100 ~= 0 or year % 400 == 0)
-  return day, MONTH_DAYS[month] + ((month == 2 and leap) and 1 or 0)
+  return day, month_days + ((month == 2 and leap) and 1 or 0)
 end
 
 -- Start (ms), end (ms) and grant (nano) of the window that contains now.
