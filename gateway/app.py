@@ -2,10 +2,10 @@
 
 import asyncio
 import logging
-import signal
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from typing import Protocol
 
 from aiohttp import web
 
@@ -14,75 +14,97 @@ from gateway.config.watch import LiveConfig
 from gateway.credits.archive import Archive, ArchiveError
 from gateway.credits.archiver import Archiver, ForeignArchive, archiving
 from gateway.credits.errors import StoreError
-from gateway.credits.journal import Journal
 from gateway.credits.operator import Operator
 from gateway.credits.reaper import reap
 from gateway.credits.service import CreditEngine
 from gateway.credits.store import Store
 from gateway.demo.upstream import DemoUpstream
+from gateway.front import Front, credit_engine, store_check
 from gateway.http.admin import Check, Health, admin_app
-from gateway.http.proxy import Proxy
-from gateway.http.server import DataServer
-from gateway.sessions import own_store
+from gateway.lifetime import DRAIN_S, running, stop_signals
+from gateway.listening import listen
+from gateway.sessions import running_store, started_store
 from gateway.telemetry.metrics import Metrics
-from gateway.upstream.client import UpstreamClient
 from gateway.welcome import first_key, patiently, welcome
+from gateway.workers.team import Team
 
 log = logging.getLogger(__name__)
 
-#: On shutdown: how long requests in flight may go on, then how long their settlements may take.
-DRAIN_S = 25.0
-SETTLE_S = 5.0
+
+class Answering(Protocol):
+    """What answers clients: this process (``Front``), or worker processes (``Team``)."""
+
+    @property
+    def checks(self) -> Mapping[str, Check]:
+        """What must work beside the store for it to answer."""
+
+    async def open(self, served: GatewayConfig, engine: CreditEngine) -> Address:
+        """Begin; the address with the port that it got."""
+
+    async def use(self, served: GatewayConfig) -> None:
+        """Answer new requests by another configuration, all of them once this returns."""
+
+    async def scrape(self, accept: str | None) -> tuple[bytes, str]:
+        """The metrics of all that answers."""
+
+    async def drain(self, hurry: asyncio.Event) -> None:
+        """Let requests in flight end."""
+
+    async def close(self) -> None:
+        """Let go of what open has opened."""
 
 
-class ListenError(Exception):
-    """A listener's address cannot be had; the text names the address, the cause and the setting."""
-
-
-async def serve(config: GatewayConfig, read: Callable[[], GatewayConfig]) -> None:
+async def serve(config: GatewayConfig, read: Callable[[], GatewayConfig], workers: int = 1) -> None:
     """Run the gateway until SIGTERM or SIGINT. Requests in flight are drained and settled before it returns.
 
-    read: reads the configuration again, as config was read; called in a thread when its files change. Raises
-    EmbeddedStoreError, StoreError, ArchiveError, JournalError and ListenError where it cannot start.
+    read: reads the configuration again, as config was read; called in a thread when its files change. workers: how many
+    processes answer; 1: this one does. Raises EmbeddedStoreError, StoreError, ArchiveError, JournalError, ListenError
+    and WorkerFailed where it cannot start.
     """
-    stop, hurry = _stop_signals()
+    stop, hurry = stop_signals()
     async with AsyncExitStack() as stack:
         metrics = Metrics(config.plans, config.models)
-        store = await stack.enter_async_context(own_store(config.store, metrics))
+        front = await _front(config, metrics, workers, stack)
+        at = await stack.enter_async_context(running_store(config.store))
+        store = await stack.enter_async_context(started_store(at, metrics))
         await stack.enter_async_context(_archiving(config, store, metrics))
-        engine = await stack.enter_async_context(_credit_engine(config, store, metrics))
+        engine = await stack.enter_async_context(credit_engine(config, store, metrics))
+        await stack.enter_async_context(_tending(engine))
         operator = Operator(store, config.plans, config.default_plan)
         secret = await first_key(config, store, operator)
         if config.store.embedded:
             started_ms = await patiently(store, operator.now_ms)
-            await stack.enter_async_context(_running(_abandon_orphans(operator, started_ms)))
+            await stack.enter_async_context(running(_abandon_orphans(operator, started_ms)))
         demo = _Demo(stack)
-        client = UpstreamClient()
-        stack.push_async_callback(client.close)
-        proxy = Proxy(await demo.served(config), engine, client, metrics)
+        stack.push_async_callback(front.close)
+
+        async def served_by(fresh: GatewayConfig) -> GatewayConfig:
+            return replace(await demo.served(fresh), store=at)
 
         async def apply(fresh: GatewayConfig) -> None:
-            served = await demo.served(fresh)
-            # Without an await between them: a request sees all of the old configuration or all of the new one.
-            engine.use(fresh.plans, fresh.default_plan)
-            metrics.use(fresh.plans, fresh.models)
-            proxy.use(served)
+            await front.use(await served_by(fresh))
 
         live = LiveConfig(config, read, apply, metrics.config_reloaded)
-        health = Health({"store": _store_check(store), "gateway": _running_check(stop)})
-        admin_server = admin_app(health, metrics, lambda: live.config.admin.token, live.reload)
+        health = Health({"store": store_check(store), "gateway": _running_check(stop), **front.checks})
+        admin_server = admin_app(health, front.scrape, lambda: live.config.admin.token, live.reload)
         admin = web.AppRunner(admin_server, shutdown_timeout=1, access_log=None)
-        admin_address = await _listen(stack, admin, config.admin.listen, "admin.listen")
-        data = web.ServerRunner(DataServer(proxy), shutdown_timeout=1)
-        address = await _listen(stack, data, config.listen, "listen")
-        await stack.enter_async_context(_running(live.follow()))
+        admin_address = await listen(stack, admin, config.admin.listen, "admin.listen")
+        address = await front.open(await served_by(config), engine)
+        await stack.enter_async_context(running(live.follow()))
         print(welcome(config, address, admin_address, secret), flush=True)
         await stop.wait()
         log.info("stopping: requests in flight have %d s; a second signal cuts them", DRAIN_S)
-        for site in list(data.sites):
-            await site.stop()
-        # Connections stay open meanwhile: aiohttp closes none in which a body is still on its way without losing that.
-        await proxy.drain(DRAIN_S, hurry, SETTLE_S)
+        await front.drain(hurry)
+
+
+async def _front(config: GatewayConfig, metrics: Metrics, workers: int, stack: AsyncExitStack) -> Answering:
+    """What will answer clients. Workers are started first of all: they read the program while the store starts."""
+    if workers == 1:
+        return Front(metrics)
+    team = Team(workers, config.listen, metrics)
+    stack.push_async_callback(team.close)
+    await team.start()
+    return team
 
 
 @asynccontextmanager
@@ -95,34 +117,15 @@ async def _archiving(config: GatewayConfig, store: Store, metrics: Metrics) -> A
 
 
 @asynccontextmanager
-async def _credit_engine(config: GatewayConfig, store: Store, metrics: Metrics) -> AsyncIterator[CreditEngine]:
-    """The engine and all that it does by itself: leases that it keeps and ends, settlements that journals kept."""
+async def _tending(engine: CreditEngine) -> AsyncIterator[None]:
+    """For the time of the block: what ended processes left is ended, leases that ran out and journals that nobody has
+    the lock of. Raises JournalError."""
     async with AsyncExitStack() as stack:
-        journal = Journal(config.store.data_dir / "journal")
-        await journal.open()
-        stack.push_async_callback(journal.close)
-        engine = CreditEngine(store, config.plans, config.default_plan, metrics, journal)
-        metrics.watch_reservations_open(lambda: engine.open_reservations)
-        stack.push_async_callback(_settle_all, engine)
-        await stack.enter_async_context(_running(reap(engine)))
-        await stack.enter_async_context(_running(engine.keep_leases()))
+        await stack.enter_async_context(running(reap(engine)))
         if left := await engine.replay():
             log.warning("telling the store of %d settlements that another gateway left in its journal", left)
-        await stack.enter_async_context(_running(engine.adopt_journals()))
-        yield engine
-
-
-def _stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
-    """Events for the first signal to stop, and for the second. A closed terminal stops like Ctrl-C."""
-    stop, hurry = asyncio.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def heed() -> None:
-        (hurry if stop.is_set() else stop).set()
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        loop.add_signal_handler(number, heed)
-    return stop, hurry
+        await stack.enter_async_context(running(engine.adopt_journals()))
+        yield
 
 
 class _Demo:
@@ -154,17 +157,6 @@ class _Demo:
         return replace(config, upstreams={name: stand_in(upstream) for name, upstream in config.upstreams.items()})
 
 
-@asynccontextmanager
-async def _running(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
-    task = asyncio.create_task(work)
-    try:
-        yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-
-
 async def _claim(config: GatewayConfig, store: Store, archiver: Archiver) -> None:
     """Find out at the start whether the archive is that of this store. A database server that is away may come back."""
     try:
@@ -177,29 +169,6 @@ async def _claim(config: GatewayConfig, store: Store, archiver: Archiver) -> Non
         log.error("the ledger stays in the store for now: %s", error)
 
 
-async def _settle_all(engine: CreditEngine) -> None:
-    if left := await engine.close(SETTLE_S):
-        log.error(
-            "%d settlements did not reach the store in time; the next gateway here reads them in the journal",
-            left,
-        )
-
-
-async def _listen(stack: AsyncExitStack, runner: web.BaseRunner, address: Address, setting: str) -> Address:
-    """Open a listener; the address with the port that it got."""
-    await runner.setup()
-    stack.push_async_callback(runner.cleanup)
-    try:
-        await web.TCPSite(runner, address.host, address.port).start()
-    except OSError as error:
-        cause = (error.strerror or str(error)).rpartition(": ")[2]
-        option = "--" + setting.replace(".", "-")
-        raise ListenError(
-            f"cannot listen on {address}: {cause}; choose another address with {option} or as {setting}"
-        ) from error
-    return Address(address.host, runner.addresses[0][1])
-
-
 async def _abandon_orphans(operator: Operator, started_ms: int) -> None:
     """A gateway that was killed left holds. With the store to ourselves nobody will settle them: why wait for their
     leases?"""
@@ -208,17 +177,6 @@ async def _abandon_orphans(operator: Operator, started_ms: int) -> None:
             log.warning("ended %d requests of a killed gateway; what was seen of them was charged", count)
     except StoreError as error:
         log.warning("the holds of a killed gateway stay until their leases end: %s", error)
-
-
-def _store_check(store: Store) -> Check:
-    async def check() -> str | None:
-        try:
-            await store.call("PING")
-        except StoreError as error:
-            return str(error)
-        return None
-
-    return check
 
 
 def _running_check(stop: asyncio.Event) -> Check:

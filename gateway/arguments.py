@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 #: What ``ledger tail`` prints at most: it is held in memory.
 _MOST_LINES = 10_000
+#: More processes than that are better spread over machines.
+_MOST_WORKERS = 64
 
 T = TypeVar("T")
 
@@ -134,7 +136,13 @@ def _add_gateway_verbs(verbs: Any) -> None:
     serve.add_argument("--listen", type=_address, metavar="HOST:PORT", help="where clients connect")
     _add_admin_listen(serve)
     _add_data_dir(serve)
-    serve.add_argument("--workers", type=_workers, metavar="N", help="processes; so far 1")
+    serve.add_argument(
+        "--workers",
+        type=_workers,
+        default=1,
+        metavar="N",
+        help="processes that answer, 1 to 64: one per core (default: %(default)s)",
+    )
     _verb(verbs, "check-config", "name every mistake in the configuration")
     _verb(verbs, "schema", "print the configuration's JSON Schema")
     doctor = _verb(verbs, "doctor", "look at store, archive, upstreams, clocks and settings")
@@ -262,6 +270,6 @@ def _moment(text: str) -> int:
 
 
 def _workers(text: str) -> int:
-    if text != "1":
-        raise argparse.ArgumentTypeError("the gateway runs as 1 process so far; several workers will come later")
-    return 1
+    if not re.fullmatch(r"[0-9]{1,2}", text) or not 1 <= int(text) <= _MOST_WORKERS:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number of workers from 1 to {_MOST_WORKERS}")
+    return int(text)

@@ -91,22 +91,19 @@ def _store(config: "StoreConfig", args: Namespace) -> "StoreConfig":
 
 
 def _serve(args: Namespace) -> int:
-    from gateway import app  # noqa: PLC0415
+    from gateway.app import serve  # noqa: PLC0415
     from gateway.credits.journal import JournalError  # noqa: PLC0415
+    from gateway.lifetime import event_loop_factory  # noqa: PLC0415
+    from gateway.listening import ListenError  # noqa: PLC0415
     from gateway.telemetry.logs import setup_logging  # noqa: PLC0415
+    from gateway.workers.team import WorkerFailed  # noqa: PLC0415
 
-    try:
-        import uvloop  # noqa: PLC0415
-    except ImportError:  # there is none for this system
-        new_loop = None
-    else:
-        new_loop = uvloop.new_event_loop
     config = _config(args)
     setup_logging("info")
     try:
-        with asyncio.Runner(loop_factory=new_loop) as runner:
-            runner.run(app.serve(config, lambda: _config(args)))
-    except (app.ListenError, JournalError) as error:
+        with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
+            runner.run(serve(config, lambda: _config(args), args.workers))
+    except (ListenError, JournalError, WorkerFailed) as error:
         raise CommandError(str(error)) from error
     return 0
 

@@ -8,6 +8,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from gateway.config.load import OperatorConfig
@@ -57,16 +58,25 @@ async def audit_session(config: OperatorConfig) -> AsyncIterator[Auditor]:
 
 
 @asynccontextmanager
-async def own_store(config: StoreConfig, metrics: Metrics) -> AsyncIterator[Store]:
-    """A started store for a gateway that serves; an embedded one is its own. Raises EmbeddedStoreError, StoreError."""
+async def running_store(config: StoreConfig) -> AsyncIterator[StoreConfig]:
+    """Where the store is, for a gateway that serves: an embedded one is started, is its own, and has its server's URL
+    from here on. Raises EmbeddedStoreError."""
+    if not config.embedded:
+        yield config
+        return
+    server = EmbeddedStore(config.data_dir)
+    await server.start()
+    try:
+        yield replace(config, url=server.url)
+    finally:
+        await server.stop()
+
+
+@asynccontextmanager
+async def started_store(config: StoreConfig, metrics: Metrics) -> AsyncIterator[Store]:
+    """A connection to a store that runs. Raises StoreError."""
     async with AsyncExitStack() as stack:
-        url = config.url
-        if config.embedded:
-            server = EmbeddedStore(config.data_dir)
-            await server.start()
-            stack.push_async_callback(server.stop)
-            url = server.url
-        yield await _started(url, config, metrics, stack)
+        yield await _started(config.url, config, metrics, stack)
 
 
 @asynccontextmanager

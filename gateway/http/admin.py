@@ -14,7 +14,6 @@ from aiohttp.typedefs import Handler
 from gateway.config.changes import Changes
 from gateway.config.model import Secret
 from gateway.config.problem import ConfigError
-from gateway.telemetry.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +28,9 @@ Check = Callable[[], Awaitable[str | None]]
 
 #: The token as it is now; None where none is set.
 Token = Callable[[], Secret | None]
+
+#: The metrics' text and its content type, for what a client says that it accepts.
+Scrape = Callable[[str | None], Awaitable[tuple[bytes, str]]]
 
 #: Reads the configuration files again; raises ConfigError.
 Reload = Callable[[], Awaitable[Changes]]
@@ -58,13 +60,13 @@ async def _state(name: str, check: Check) -> str:
         return f"the check failed: {type(error).__name__}"
 
 
-def admin_app(health: Health, metrics: Metrics, token: Token, reload: Reload) -> web.Application:
+def admin_app(health: Health, scrape: Scrape, token: Token, reload: Reload) -> web.Application:
     """The admin listener's application: GET and HEAD of /metrics, /livez and /readyz, POST of /admin/v1/reload.
 
     token: what all but health asks for as a bearer token; None leaves it open. Health is always open, because probes
     cannot keep secrets.
     """
-    admin = _Admin(health, metrics, token, reload)
+    admin = _Admin(health, scrape, token, reload)
     app = web.Application(middlewares=[_json_errors])
     app.router.add_get("/livez", admin.livez)
     app.router.add_get("/readyz", admin.readyz)
@@ -74,9 +76,9 @@ def admin_app(health: Health, metrics: Metrics, token: Token, reload: Reload) ->
 
 
 class _Admin:
-    def __init__(self, health: Health, metrics: Metrics, token: Token, reload: Reload) -> None:
+    def __init__(self, health: Health, scrape: Scrape, token: Token, reload: Reload) -> None:
         self._health = health
-        self._metrics = metrics
+        self._scrape = scrape
         self._token = token
         self._reload = reload
 
@@ -91,7 +93,7 @@ class _Admin:
     async def metrics(self, request: web.Request) -> web.Response:
         if not self._is_admin(request):
             return _unauthorized()
-        body, content_type = self._metrics.expose(request.headers.get(hdrs.ACCEPT))
+        body, content_type = await self._scrape(request.headers.get(hdrs.ACCEPT))
         return web.Response(body=body, headers={hdrs.CONTENT_TYPE: content_type})
 
     async def reload(self, request: web.Request) -> web.Response:

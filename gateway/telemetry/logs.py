@@ -21,6 +21,10 @@ _requests = logging.getLogger("gateway.requests")
 MAX_TEXT = 200
 
 
+#: What every line of this process tells: the number of a worker, where there are several.
+_process: dict[str, object] = {}
+
+
 class JsonFormatter(logging.Formatter):
     """Writes a record as one line of JSON: time (UTC), level, logger, message."""
 
@@ -31,17 +35,22 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": _encodable(record.getMessage()),
+            **_process,
         }
         if record.exc_info:
             line["exception"] = _encodable(self.formatException(record.exc_info))
         return orjson.dumps(line).decode()
 
 
-def setup_logging(level: str) -> None:
+def setup_logging(level: str, worker: int | None = None) -> None:
     """Send every log record of the process at level (``info``, …) or above to stderr as JSON lines.
 
-    Replaces the handlers that were there. Raises ValueError for a level that logging does not know.
+    worker: the number that each line names, of a process of several. A line is one write, so that those of several
+    processes do not mix. Replaces the handlers that were there. Raises ValueError for a level that logging does not
+    know.
     """
+    if worker is not None:
+        _process["worker"] = worker
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
@@ -76,6 +85,7 @@ def log_request(
         "level": "info",
         "logger": _requests.name,
         "message": "request",
+        **_process,
         "request_id": _text(request_id),
         "account": _text(account),
         "key_id": _text(key_id),

@@ -8,9 +8,10 @@ ledger.
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Info, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Info, Metric, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
 from gateway import __version__
 from gateway.domain.money import NANO_PER_CREDIT
@@ -311,14 +312,51 @@ class Metrics:
         if output_tokens > 1:
             self._per_token[labels].observe((seconds - first_token_seconds) / (output_tokens - 1))
 
+    def watch_workers(self, count: Callable[[], float]) -> None:
+        """Say where the number of workers that take requests is to be read. Only a gateway that has workers tells."""
+        self._gauge(
+            "quota_gateway_workers",
+            "Worker processes that take requests. Unit: processes.",
+        ).set_function(count)
+        self._worker_ends = self._counter(
+            "quota_gateway_worker_ends",
+            "Worker processes that ended while the gateway went on, and were started again. Unit: processes.",
+        )
+
+    def worker_ended(self) -> None:
+        """Count a worker that ended while the gateway went on."""
+        self._worker_ends.inc()
+
+    def families(self) -> list[Metric]:
+        """Every metric with its values as of now."""
+        return list(self._registry.collect())
+
     def expose(self, accept: str | None) -> tuple[bytes, str]:
         """The text of every metric and its content type: OpenMetrics where accept names it, else plain text."""
-        if accept and _OPENMETRICS in accept:
-            return _encode_openmetrics(self._registry), _OPENMETRICS_TYPE
-        return _encode_plain(self._registry), _PLAIN_TYPE
+        return expose(self.families(), accept)
 
     def _plan(self, name: str) -> str:
         return name if name in self._plans else OTHER
 
     def _model(self, name: str) -> str:
         return name if name in self._models else OTHER
+
+
+def expose(families: Sequence[Metric], accept: str | None) -> tuple[bytes, str]:
+    """The text of metrics and its content type: OpenMetrics where accept names it, else plain text."""
+    registry = CollectorRegistry()
+    registry.register(_Collected(families))
+    if accept and _OPENMETRICS in accept:
+        return _encode_openmetrics(registry), _OPENMETRICS_TYPE
+    return _encode_plain(registry), _PLAIN_TYPE
+
+
+class _Collected(Collector):
+    def __init__(self, families: Sequence[Metric]) -> None:
+        self._families = families
+
+    def describe(self) -> Sequence[Metric]:
+        return ()
+
+    def collect(self) -> Sequence[Metric]:
+        return self._families

@@ -19,6 +19,7 @@ import yaml
 from aiohttp.test_utils import TestServer
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.front import Front
 from gateway.http.admin import Health, admin_app
 from gateway.telemetry.metrics import STORE_UNAVAILABLE, Metrics
 
@@ -235,7 +236,7 @@ async def driven_gateway(act: Callable[[Metrics], None]) -> AsyncIterator[str]:
 
     metrics = make_metrics()
     moving = asyncio.create_task(keep_moving())
-    server = TestServer(admin_app(Health({}), metrics, lambda: None, no_reload))
+    server = TestServer(admin_app(Health({}), Front(metrics).scrape, lambda: None, no_reload))
     await server.start_server()
     try:
         yield f"127.0.0.1:{server.port}"

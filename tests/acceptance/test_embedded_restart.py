@@ -255,7 +255,7 @@ async def accepts(gateway: Gateway) -> bool:
     host, _, port = gateway.base_url.removeprefix("http://").removesuffix("/v1").partition(":")
     try:
         _, writer = await asyncio.open_connection(host, int(port))
-    except ConnectionRefusedError:
+    except ConnectionError:  # refused, or reset because it was not accepted before the listener closed
         return False
     writer.close()
     return True

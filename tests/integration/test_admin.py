@@ -9,6 +9,7 @@ from pytest_aiohttp.plugin import AiohttpClient
 from gateway.config.changes import Changes
 from gateway.config.model import Secret
 from gateway.config.problem import ConfigError, Problem
+from gateway.front import Front
 from gateway.http.admin import Health, admin_app
 from gateway.telemetry.metrics import Metrics
 
@@ -47,7 +48,7 @@ class Admin:
     async def __call__(self, token: str | None = None, **components: Any) -> Any:
         self.token = token
         metrics = Metrics(["standard"], ["llama"])
-        return await self._client(admin_app(Health(components), metrics, self._token, self._reload))
+        return await self._client(admin_app(Health(components), Front(metrics).scrape, self._token, self._reload))
 
     def _token(self) -> Secret | None:
         return Secret(self.token) if self.token else None

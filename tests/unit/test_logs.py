@@ -86,3 +86,15 @@ def test_other_records_and_their_exceptions_stay_on_one_line() -> None:
 def test_an_unknown_level_is_an_error() -> None:
     with pytest.raises(subprocess.CalledProcessError):
         logged('from gateway.telemetry.logs import setup_logging; setup_logging("loud")')
+
+
+def test_the_lines_of_a_worker_name_it() -> None:
+    (line,) = logged(
+        """
+        import logging
+        from gateway.telemetry.logs import setup_logging
+        setup_logging("info", 2)
+        logging.getLogger("gateway").warning("hello")
+        """
+    )
+    assert line["worker"] == 2

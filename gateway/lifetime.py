@@ -1,0 +1,46 @@
+"""How a process of the gateway runs and ends: its event loop, its signals, what goes on beside its requests."""
+
+import asyncio
+import itertools
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+
+#: On shutdown: how long requests in flight may go on, then how long their settlements may take.
+DRAIN_S = 25.0
+SETTLE_S = 5.0
+
+
+def event_loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """What makes the fastest event loop that this system has; None stands for Python's own."""
+    try:
+        import uvloop  # noqa: PLC0415
+    except ImportError:  # there is none for this system
+        return None
+    return uvloop.new_event_loop
+
+
+def stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
+    """Events for the first signal to stop, and for the second. A closed terminal stops like Ctrl-C."""
+    stop, hurry = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    before = itertools.count()  # signals alone count: stop may also be set by another process that got this one, too
+
+    def heed() -> None:
+        (hurry if next(before) else stop).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, heed)
+    return stop, hurry
+
+
+@asynccontextmanager
+async def running(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """The work goes on for the time of the block."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
