@@ -142,8 +142,8 @@ def running_gateway(
 
     config: a file, or what to write into one; listeners and data directory are given on the command line, and
     what else options say. clock: what the gateway, its store and ``cli`` take for the time. Raises RuntimeError with
-    its stderr if it does not get ready, does not end on SIGTERM or ends with a code other than 0; a block that kills it or
-    waits for its end decides about that itself.
+    its stderr if it does not get ready, does not end on SIGTERM or ends with a code other than 0; a block that kills it
+    or waits for its end decides about that itself.
     """
     with tempfile.TemporaryDirectory(prefix="qg-serve-") as name:
         directory = Path(name)

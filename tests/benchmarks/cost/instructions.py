@@ -1,13 +1,11 @@
-"""How many instructions a proxy runs per request, counted by callgrind: ``python -m tests.benchmarks.cost.instructions``.
+"""How many instructions a proxy runs per request, counted by callgrind.
 
 Instructions are the same however busy the machine is, so that a test can hold the gateway to a ratio. Valgrind must be
 installed; it runs a proxy some fifty times slower.
 """
 
-import asyncio
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -16,10 +14,8 @@ from unittest.mock import patch
 
 import uvloop
 
-from tests.benchmarks.cost import proxies
 from tests.benchmarks.cost.load import closed_loop
 from tests.benchmarks.cost.proxies import Proxy
-from tests.upstreams.process import server_process
 
 Opener = Callable[[], AbstractContextManager[Proxy]]
 _CONNECTIONS = 4

@@ -151,9 +151,7 @@ def installed_bytes(name: str = "quota-gateway") -> int:
 def _needs(lines: Iterable[str]) -> list[str]:
     asked = (Requirement(line) for line in lines)
     return [
-        one.name.lower().replace("_", "-")
-        for one in asked
-        if one.marker is None or one.marker.evaluate({"extra": ""})
+        one.name.lower().replace("_", "-") for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})
     ]
 
 
