@@ -1,6 +1,7 @@
 """How a process of the gateway runs and ends: its event loop, its signals, what goes on beside its requests."""
 
 import asyncio
+import gc
 import itertools
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -18,6 +19,14 @@ def event_loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     except ImportError:  # there is none for this system
         return None
     return uvloop.new_event_loop
+
+
+def spare_garbage_collection() -> None:
+    """Let the collector leave alone what lives as long as the process, and look less often at the rest: requests make
+    hardly any cycles, and looking at 200,000 objects for each took a twelfth of their time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 def stop_signals() -> tuple[asyncio.Event, asyncio.Event]:

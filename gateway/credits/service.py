@@ -127,22 +127,13 @@ class CreditEngine:
         wanted = _Wanted(
             model, amount_femto, minimum_femto, minimum_femto if alone_femto is None else alone_femto, grows
         )
-        lost = False
-
-        async def attempt() -> Reservation | Denied | Refused | Repeated | NotReserved:
-            nonlocal lost
-            try:
-                return await self._reserve_once(identity, reservation, wanted, lease_ms, repeat)
-            except (asyncio.CancelledError, ReplyLost):
-                lost = True  # the script may have run, or run yet
-                raise
-
-        outcome = None
         try:
-            outcome = await repeat_if_lost(self._store, attempt)
-        finally:
-            if lost and not isinstance(outcome, Reservation):  # nobody will settle it
-                self._ends.take_back(identity.account, reservation)
+            outcome = await self._reserve_once(identity, reservation, wanted, lease_ms, repeat)
+        except asyncio.CancelledError:  # the script may have run, or run yet, and nobody will settle it
+            self._ends.take_back(identity.account, reservation)
+            raise
+        except StoreUnavailable as error:
+            outcome = await self._reserve_again(error, identity, reservation, wanted, lease_ms, repeat)
         if isinstance(outcome, NotReserved):
             if outcome.outcome == "skewed":
                 raise StoreUnavailable("the clocks of store and gateway differ by more than a minute")
@@ -151,6 +142,31 @@ class CreditEngine:
             self._live[outcome.id] = outcome
             self._metrics.reserved(outcome.reserved.held_nano)
         return outcome
+
+    async def _reserve_again(
+        self,
+        error: StoreUnavailable,
+        identity: Identity,
+        reservation: str,
+        wanted: "_Wanted",
+        lease_ms: int,
+        repeat: RepeatKey | None,
+    ) -> Reservation | Denied | Refused | Repeated | NotReserved:
+        """Once more after a lost connection, if there is a new one soon; the id makes the repeat harmless. error: what
+        came of the first time. Raises StoreUnavailable."""
+        lost, outcome = isinstance(error, ReplyLost), None
+        try:
+            if not await self._store.wait_connected(_REPLY_LOST_WAIT_S):
+                raise error
+            try:
+                outcome = await self._reserve_once(identity, reservation, wanted, lease_ms, repeat)
+            except (asyncio.CancelledError, ReplyLost):
+                lost = True
+                raise
+            return outcome
+        finally:
+            if lost and not isinstance(outcome, Reservation):
+                self._ends.take_back(identity.account, reservation)
 
     async def _reserve_once(
         self, identity: Identity, reservation: str, wanted: "_Wanted", lease_ms: int, repeat: RepeatKey | None

@@ -110,9 +110,9 @@ class Store:
         """url: as ``read_url`` takes it, which raises StoreUnsuitable. scripts: instead of the engine's."""
         self.on_failover: Callable[[], None] | None = None
         self._allow_unsafe = allow_unsafe
-        self._metrics = metrics
         self._timeout_ms = timeout_ms
         self._scripts = {script.name: script for script in scripts or map(load_script, SCRIPTS)}
+        self._seconds = {name: metrics.store_seconds(name) for name in self._scripts}
         texts = [script.text for script in self._scripts.values()]
         self._topology = _topology(url, timeout_ms, texts, self._failed_over)
 
@@ -158,7 +158,7 @@ class Store:
                 raise
             # Flushed: the script did not run, so it may be sent again.
             reply = await self._topology.send(keys[0], ("EVAL", script.text, len(keys), *keys, *args))
-        self._metrics.store_call(name, time.perf_counter() - started)
+        self._seconds[name].observe(time.perf_counter() - started)
         return reply  # type: ignore[no-any-return]
 
     async def scan(self, pattern: str) -> list[str]:

@@ -81,19 +81,19 @@ class Exchange:
 
 def request_headers(exchange: Exchange) -> dict[str, str]:
     """The request's id, in the header of each SDK."""
-    return {"x-request-id": exchange.id, "request-id": exchange.id}
+    number = exchange.id
+    return {"x-request-id": number, "request-id": number}
 
 
 def credit_headers(exchange: Exchange) -> dict[str, str]:
     """What was held and charged, and what is left."""
     reservation, settlement = exchange.reservation, exchange.settlement
     assert reservation is not None
-    funds = reservation.reserved.funds
-    headers = {
-        **request_headers(exchange),
-        "x-credits-reserved": format_credits(reservation.reserved.held_nano),
-        "x-credits-source": reservation.reserved.source,
-    }
+    reserved = reservation.reserved
+    funds = reserved.funds
+    headers = request_headers(exchange)
+    headers["x-credits-reserved"] = format_credits(reserved.held_nano)
+    headers["x-credits-source"] = reserved.source
     if settlement is not None:
         headers["x-credits-cost"] = format_credits(settlement.cost_nano)
         if settlement.cost_nano:
@@ -103,7 +103,7 @@ def credit_headers(exchange: Exchange) -> dict[str, str]:
         headers["x-credits-model"] = exchange.answering.name
     if exchange.max_tokens is not None:
         headers["x-credits-max-tokens"] = str(exchange.max_tokens)
-    headers |= funds_headers(funds)
+    headers.update(funds_headers(funds))
     return headers
 
 

@@ -65,8 +65,12 @@ class Forwarding:
         last = quote.alternatives[-1] if quote.alternatives else quote
         sent, upstream, body = self._prepared(exchange, last, reservation)
         target, headers = _target_of(request, last.api), _headers_of(request, last.model)
-        async with self._sent(upstream, target, headers, body) as answer:
-            return await self._answer(exchange, request, sent, answer)
+        self._metrics.upstream_started(upstream.name)
+        try:
+            async with self._client.send(upstream, "POST", target, headers, body) as answer:
+                return await self._answer(exchange, request, sent, answer)
+        finally:
+            self._metrics.upstream_ended(upstream.name)
 
     async def _unless_it_fails(
         self, exchange: Exchange, request: web.BaseRequest, quote: Quote, reservation: Reservation

@@ -37,7 +37,7 @@ class Reports:
         """Add the time since started (time.perf_counter) to the gateway's own part of the request."""
         seconds = time.perf_counter() - started
         exchange.overhead_s += seconds
-        self._metrics.overhead(phase, seconds)
+        self._metrics.phases[phase].observe(seconds)
 
     def decide(self, exchange: Exchange, decision: str, reason: str, plan: str = "other") -> None:
         """Note whether the request was admitted. reason: the error's code, or where its credits come from."""

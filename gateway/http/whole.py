@@ -30,15 +30,14 @@ class WholeAnswer(web.StreamResponse):
         if self._keep_alive is None:
             self._keep_alive = request.keep_alive
         version = request.version
-        lines = [f"HTTP/{version.major}.{version.minor} {self.status} {self.reason}"]
+        lines = [f"HTTP/{version[0]}.{version[1]} {self._status} {self._reason}\r\nDate: {_now()}"]
         lines += [f"{name}: {value}" for name, value in self._headers.items()]
-        lines.append(f"Date: {_now()}")
         if not self._keep_alive:
             lines.append("Connection: close")
         elif version == HttpVersion10:
             lines.append("Connection: keep-alive")
         head = "\r\n".join(lines)
-        if head.count("\n") != len(lines) - 1 or head.count("\r") != len(lines) - 1:
+        if head.count("\n") != len(lines) or head.count("\r") != len(lines):
             raise ValueError("a header with a line break in it")
         return b"".join((head.encode("utf-8", "surrogateescape"), b"\r\n\r\n", self._whole))
 

@@ -87,17 +87,17 @@ def log_request(
         "message": "request",
         **_process,
         "request_id": _text(request_id),
-        "account": _text(account),
-        "key_id": _text(key_id),
-        "model": _text(model),
+        "account": account and _text(account),
+        "key_id": key_id and _text(key_id),
+        "model": model and _text(model),
         "status": status,
         "decision": decision,
         "reason": reason,
-        "reserved": _credits(reserved_nano),
-        "cost": _credits(cost_nano),
-        "seconds": _rounded(seconds),
-        "overhead_seconds": _rounded(overhead_seconds),
-        "first_token_seconds": _rounded(first_token_seconds),
+        "reserved": None if reserved_nano is None else format_credits(reserved_nano),
+        "cost": None if cost_nano is None else format_credits(cost_nano),
+        "seconds": round(seconds, 6),
+        "overhead_seconds": None if overhead_seconds is None else round(overhead_seconds, 6),
+        "first_token_seconds": None if first_token_seconds is None else round(first_token_seconds, 6),
     }
     # The line of every request goes past the logging package, which takes 21 µs for it: this takes 4 µs.
     with suppress(OSError, ValueError):  # a stderr that nobody reads any more fails no request
@@ -114,20 +114,10 @@ def _second(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
-def _text(text: str | None) -> str | None:
-    return None if text is None else _encodable(text[:MAX_TEXT])
+def _text(text: str) -> str:
+    return text if len(text) <= MAX_TEXT and text.isascii() else _encodable(text[:MAX_TEXT])
 
 
 def _encodable(text: str) -> str:
-    if text.isascii():
-        return text
     # Header values that were not UTF-8 arrive with lone surrogates, which JSON cannot carry.
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _credits(nano: int | None) -> str | None:
-    return None if nano is None else format_credits(nano)
-
-
-def _rounded(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds, 6)

@@ -5,8 +5,8 @@ configured counts under ``other``. Credits are exposed as floats of whole credit
 ledger.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Literal
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Info, Metric, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from gateway import __version__
 from gateway.domain.money import NANO_PER_CREDIT
 from gateway.domain.request import Operation
-from gateway.telemetry.tallies import Count, Counts, Histograms
+from gateway.telemetry.tallies import Count, Counts, Histogram, Histograms
 
 OTHER = "other"
 
@@ -121,6 +121,8 @@ class Metrics:
             ("phase",),
             _FAST_BUCKETS,
         )
+        #: By phase, where ``overhead`` counts: each request does so five times.
+        self.phases: Mapping[Phase, Histogram] = {phase: self._overhead[(phase,)] for phase in get_args(Phase)}
         self._store = self._histograms(
             "quota_gateway_store_seconds",
             "Time from asking for a script to its reply, by script. Unit: seconds.",
@@ -244,11 +246,15 @@ class Metrics:
 
     def overhead(self, phase: Phase, seconds: float) -> None:
         """Record the gateway's own time in one phase of a request; forward: without the wait for the upstream."""
-        self._overhead[(phase,)].observe(seconds)
+        self.phases[phase].observe(seconds)
 
     def store_call(self, script: str, seconds: float) -> None:
         """Record the time from asking for a script to its reply."""
-        self._store[(script,)].observe(seconds)
+        self.store_seconds(script).observe(seconds)
+
+    def store_seconds(self, script: str) -> Histogram:
+        """Where ``store_call`` counts."""
+        return self._store[(script,)]
 
     def upstream_started(self, upstream: str) -> None:
         """Count a request in that goes to upstream; upstream_ended counts it out."""
