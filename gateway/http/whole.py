@@ -8,18 +8,25 @@ from collections.abc import Mapping
 from email.utils import formatdate
 
 from aiohttp import HttpVersion10, web
+from aiohttp.abc import AbstractStreamWriter
 
 
 class WholeAnswer(web.StreamResponse):
-    """An answer with status, headers and body, as one of aiohttp's own; ``DataServer`` writes it at once.
+    """An answer with status, fields and body, as one of aiohttp's own; ``DataServer`` writes it at once.
 
-    headers: names and values without control characters.
+    fields: of its head, by their names, without control characters; ``headers`` come behind them.
     """
 
-    def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        super().__init__(status=status, headers=headers)
-        self._headers["Content-Length"] = str(len(body))
+    def __init__(self, status: int, fields: Mapping[str, str], body: bytes) -> None:
+        super().__init__(status=status)
+        self._fields = fields  # not in headers: to put each into a multidict and take it out again costs 0.4 µs
         self._whole = body
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Called by aiohttp, where it writes the answer itself."""
+        self.headers.update(self._fields)
+        self.content_length = len(self._whole)
+        return await super().prepare(request)
 
     async def write_eof(self, data: bytes = b"") -> None:
         """Called by aiohttp, where it writes the answer itself."""
@@ -30,16 +37,20 @@ class WholeAnswer(web.StreamResponse):
         if self._keep_alive is None:
             self._keep_alive = request.keep_alive
         version = request.version
-        lines = [f"HTTP/{version[0]}.{version[1]} {self._status} {self._reason}\r\nDate: {_now()}"]
-        lines += [f"{name}: {value}" for name, value in self._headers.items()]
+        fields = {**self._fields, **self._headers} if self._headers else self._fields
+        lines = [f"{name}: {value}\r\n" for name, value in fields.items()]
         if not self._keep_alive:
-            lines.append("Connection: close")
+            lines.append("Connection: close\r\n")
         elif version == HttpVersion10:
-            lines.append("Connection: keep-alive")
-        head = "\r\n".join(lines)
+            lines.append("Connection: keep-alive\r\n")
+        head = "".join(lines)
         if head.count("\n") != len(lines) or head.count("\r") != len(lines):
             raise ValueError("a header with a line break in it")
-        return b"".join((head.encode("utf-8", "surrogateescape"), b"\r\n\r\n", self._whole))
+        head = (
+            f"HTTP/{version[0]}.{version[1]} {self._status} {self._reason}\r\n{head}"
+            f"Date: {_now()}\r\nContent-Length: {len(self._whole)}\r\n\r\n"
+        )
+        return head.encode("utf-8", "surrogateescape") + self._whole
 
 
 _date = (0, "")

@@ -7,6 +7,7 @@ installed; it runs a proxy some fifty times slower.
 import re
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -15,11 +16,11 @@ from unittest.mock import patch
 import uvloop
 
 from tests.benchmarks.cost.load import closed_loop
+from tests.benchmarks.cost.measures import EVENTS
 from tests.benchmarks.cost.proxies import Proxy
 
 Opener = Callable[[], AbstractContextManager[Proxy]]
 _CONNECTIONS = 4
-_EVENTS, _PAUSE_MS = 100, 10
 
 
 @contextmanager
@@ -41,20 +42,31 @@ def _counted(proxy: Opener, counts: Path) -> Iterator[Proxy]:
 
 
 def per_request(proxy: Opener, requests: int, *, stream: bool = False) -> float:
-    """Instructions of the proxy's process for a request, or for a streamed event."""
+    """Instructions of the proxy's process for a request, or for a streamed event with its share of the request; without
+    what the process does at the same time by itself, which its slowness would make too much of."""
     with tempfile.TemporaryDirectory(prefix="qg-instructions-") as directory:
         counts = Path(directory) / "counts"
         with _counted(proxy, counts) as running:
             request = running.target.request(stream=stream)
             uvloop.run(_send(running, request, requests))
-            _control(running, "--instr=on")
-            uvloop.run(_send(running, request, requests))
-            _control(running, "--instr=off")
-            _control(running, "--dump")
-        dumped = next(file for file in Path(directory).glob("counts*") if b"totals:" in file.read_bytes())
-        total = re.search(rb"^totals: (\d+)", dumped.read_bytes(), re.MULTILINE)
-        assert total is not None
-        return int(total[1]) / requests / (_EVENTS if stream else 1)
+            started = time.monotonic()
+            busy = _total(running, counts, lambda: uvloop.run(_send(running, request, requests)))
+            took_s = time.monotonic() - started
+            idle = _total(running, counts, lambda: time.sleep(took_s))
+        return (busy - idle) / requests / (EVENTS if stream else 1)
+
+
+def _total(proxy: Proxy, counts: Path, work: Callable[[], object]) -> int:
+    """Instructions of the proxy while the work is done."""
+    known = set(counts.parent.iterdir())
+    _control(proxy, "--instr=on")
+    work()
+    _control(proxy, "--instr=off")
+    _control(proxy, "--dump")
+    totals = [
+        re.search(rb"^totals: (\d+)", file.read_bytes(), re.MULTILINE) for file in set(counts.parent.iterdir()) - known
+    ]
+    return sum(int(total[1]) for total in totals if total is not None)
 
 
 async def _send(proxy: Proxy, request: bytes, requests: int) -> None:
