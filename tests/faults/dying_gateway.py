@@ -21,6 +21,7 @@ from functools import partialmethod
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http_writer import StreamWriter
 
 import gateway.app
@@ -168,13 +169,18 @@ def _frames(waiting: object) -> Iterator[types.FrameType]:
 
 def _wait_at_every_write() -> None:
     """A write waits only where the other side has no room: let it have none, so that a gateway can die there."""
-    drain = StreamWriter.drain
+    drain = BaseProtocol._drain_helper
 
-    async def wait_and_drain(self: StreamWriter) -> None:
+    async def wait_and_drain(self: BaseProtocol) -> None:
         await asyncio.sleep(_NO_ROOM_S)
         await drain(self)
 
-    StreamWriter.drain = wait_and_drain  # type: ignore[method-assign]
+    async def drain_always(self: StreamWriter) -> None:
+        await self.protocol._drain_helper()
+
+    BaseProtocol._drain_helper = wait_and_drain  # type: ignore[method-assign]
+    StreamWriter.drain = drain_always  # type: ignore[method-assign]
+    BaseProtocol.writing_paused = property(lambda _: True)  # type: ignore[assignment,method-assign]
     StreamWriter.write = partialmethod(StreamWriter.write, LIMIT=0)  # type: ignore[assignment]
 
 

@@ -122,7 +122,7 @@ class Life:
         """The client has so many tokens, the hold has grown so often, and the upstream is waited for."""
         await self.reached(lambda: self.talk.tokens == tokens)
         await self.reached(lambda: self._ended("StreamHold.") == extensions)
-        await self.waits_in("UpstreamAnswer.chunks")
+        await self.waits_in("UpstreamAnswer.read")
 
     async def over(self) -> None:
         """Nothing is done for the request any more."""
@@ -140,7 +140,7 @@ async def whole(life: Life) -> None:
     body = json.dumps({"choices": [choice], "usage": usage}).encode()
     # Not its own `answer`: what comes in one piece is not waited for.
     await exchange._write(_HEAD + b"Content-Length: %d\r\n\r\n" % len(body))
-    await life.waits_in("UpstreamAnswer.chunks")
+    await life.waits_in("UpstreamAnswer.body")
     exchange.tokens = WHOLE_TOKENS
     await exchange._write(body)
 
@@ -148,21 +148,21 @@ async def whole(life: Life) -> None:
 async def streamed(life: Life) -> None:
     exchange = await life.heard()
     await exchange.headers()
-    await life.waits_in("UpstreamAnswer.chunks")
+    await life.waits_in("UpstreamAnswer.read")
     await exchange.emit(FIRST)
     await life.got(FIRST, extensions=1)
     await exchange.emit(SECOND)
     await life.got(FIRST + SECOND, extensions=2)
     await exchange.finish()
     await life.reached(lambda: b'"stop"' in life.talk.body)
-    await life.waits_in("UpstreamAnswer.chunks")
+    await life.waits_in("UpstreamAnswer.read")
     await exchange.done()
 
 
 async def cut_short(life: Life) -> None:
     exchange = await life.heard()
     await exchange.headers()
-    await life.waits_in("UpstreamAnswer.chunks")
+    await life.waits_in("UpstreamAnswer.read")
     # Only now: its upstream would have been told of a limit.
     await life.operator.credit(life.customer.name, GRANT_NANO - SCARCE_NANO, "deduct")
     await exchange.emit(FIRST)
@@ -175,15 +175,15 @@ _PHASES = {
     "authenticate": "CreditEngine.authenticate",
     "body": "read_body",
     "reserve": "CreditEngine.reserve",
-    "connect": "BaseConnector.connect",
-    "upstream": "ClientResponse.start",
+    "connect": "Pool.connect",
+    "upstream": "UpstreamAnswer.head",
     "settle": "CreditEngine.settle",
-    "closing write": "StreamResponse.write_eof",
 }
-_WHOLE_PHASES = _PHASES | {"answer": "UpstreamAnswer.body"}
+_WHOLE_PHASES = _PHASES | {"answer": "UpstreamAnswer.body", "closing write": "_Connection.finish_response"}
 _STREAM_PHASES = _PHASES | {
-    "stream": "UpstreamAnswer.chunks",
-    "hand out": "StreamResponse.write",
+    "stream": "UpstreamAnswer.read",
+    "hand out": "write",
+    "closing write": "write_last",
     "extend": "CreditEngine.extend",
     "wait for credits": "StreamHold.more",
 }

@@ -1,6 +1,7 @@
 """What is measured of a proxy. Each takes it as it runs, with nothing else asked of it meanwhile."""
 
 import asyncio
+import socket
 import statistics
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import distribution, distributions
 from pathlib import Path
+from urllib.parse import unquote
 
 import hiredis
 from packaging.requirements import Requirement
@@ -69,17 +71,16 @@ class Trips:
 
 async def trips(proxy: Proxy, requests: int) -> Trips:
     """What the store was asked while many connections ask at once."""
-    before = _counted(await asyncio.to_thread(_info, proxy.store_socket))
+    before = _counted(await asyncio.to_thread(_info, proxy.store_url))
     await closed_loop(proxy.target, proxy.target.request(), _CONNECTIONS, requests)
-    after = _counted(await asyncio.to_thread(_info, proxy.store_socket))
+    after = _counted(await asyncio.to_thread(_info, proxy.store_url))
     return Trips((after[0] - before[0]) / requests, (after[1] - before[1]) / requests)
 
 
-def _info(path: Path) -> dict[str, str]:
-    import socket
+def _info(url: str) -> dict[str, str]:
 
     with socket.socket(socket.AF_UNIX) as store:
-        store.connect(str(path))
+        store.connect(unquote(url.removeprefix("unix://")))
         store.sendall(b"INFO everything\r\n")
         reader = hiredis.Reader()
         while (reply := reader.gets()) is False:
