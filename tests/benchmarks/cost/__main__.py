@@ -174,7 +174,8 @@ def _model(events: int = EVENTS, pause_ms: int = PAUSE_MS) -> Iterator[str]:
 def _machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-    return f"{os.cpu_count()} cores of {model}, Linux {platform.release().split('-')[0]}, Python {platform.python_version()}"
+    system = f"Linux {platform.release().split('-')[0]}, Python {platform.python_version()}"
+    return f"{os.cpu_count()} cores of {model}, {system}"
 
 
 if __name__ == "__main__":
