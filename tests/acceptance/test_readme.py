@@ -146,6 +146,12 @@ def test_each_failure_in_the_table_names_tests_that_exist() -> None:
         assert re.search(rf"def {test}\(", (REPOSITORY / path).read_text()), f"{path}::{test}"
 
 
+def test_the_figures_of_the_cost_are_those_that_the_benchmark_wrote() -> None:
+    figures = re.search(r"<!-- figures: cost -->\n(.*?)\n<!-- end of figures -->", README, re.DOTALL)
+    assert figures
+    assert figures[1].strip() == (REPOSITORY / "tests/benchmarks/cost/result.md").read_text().strip()
+
+
 def test_the_gate_runs_the_test_command_of_the_readme() -> None:
     assert "command: install and test" in (REPOSITORY / ".ci" / "run").read_text()
     assert block("command: install and test").endswith(".venv/bin/pytest -n 2")
