@@ -137,8 +137,11 @@ class Store:
         """Many plain commands, written together; their replies in order. 3 µs each, where a task for each ``call``
         takes 7. Raises StoreUnavailable or StoreRefused for the first that fails, when all have an answer."""
         ways = [self._topology.primary_of(key_in(command)) for command in commands]
-        calls = [way.send(*command) for way, command in zip(ways, commands, strict=True)]
-        replies = await asyncio.gather(*calls, return_exceptions=True)
+        calls: list[asyncio.Future[Reply]] = []
+        try:
+            calls += (way.send(*command) for way, command in zip(ways, commands, strict=True))
+        finally:  # also those before one that cannot be sent
+            replies = await asyncio.gather(*calls, return_exceptions=True)
         for number, reply in enumerate(replies):
             if isinstance(reply, StoreRefused):  # it did not run, and ``call`` knows what to do about that
                 replies[number] = await self.call(*commands[number])

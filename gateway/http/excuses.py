@@ -51,7 +51,8 @@ class Excuses:
             log.error("%s failed while streaming", exchange.id, exc_info=error)
             exchange.reason = "internal_error"
             with suppress(ConnectionResetError):
-                await write(request, response, self._reports.event(exchange, errors.internal_error()))
+                if exchange.events is not None:
+                    await write(request, response, self._reports.event(exchange, errors.internal_error()))
         if request.transport is not None:
             # What waits for a client that does not read would keep the connection for ever.
             gone = isinstance(error, ConnectionResetError)

@@ -61,7 +61,15 @@ class _Connection(web.RequestHandler):
             message, payload = self._messages.popleft()
             assert self._parser is not None
             self._parser.message_consumed()
-            if not await self._answer(message, payload):
+            try:
+                lives_on = await self._answer(message, payload)
+            except ConnectionError:  # the client has hung up, or the answer had begun when something went wrong
+                break
+            except Exception:
+                self.log_exception("an answer could not be written")
+                self.force_close()
+                break
+            if not lives_on:
                 break
             self._wait_for_another()
         if not self._force_close and self.transport is not None:

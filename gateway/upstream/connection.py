@@ -265,7 +265,7 @@ class Connection(asyncio.Protocol):
             if status == 101:
                 raise ValueError("it changes to another protocol")
             return
-        fields = {name.lower(): value for name, value in self._fields.items()}
+        fields = {name.lower(): value.rstrip(b" \t") for name, value in self._fields.items()}
         coding = fields.get(b"transfer-encoding")
         if coding is not None and coding.lower() != b"chunked":
             raise ValueError("its Transfer-Encoding is not known")

@@ -137,7 +137,10 @@ class EventStream(ABC):
         if len(texts) != 1 or _NOT_PLAIN.search(texts[0]) or len(block) > _MOST_FRAME_BYTES:
             return
         start, quote, rest = block.partition(b'"' + texts[0] + b'"')
-        if quote and quote not in rest and len(_EVENT_END.findall(block)) == 1 and block.endswith(b"\n\n"):
+        if not quote or quote in rest or len(_EVENT_END.findall(block)) != 1 or not block.endswith(b"\n\n"):
+            return
+        # The text may stand elsewhere, too, or be a name for what has none: another one in its place must be it.
+        if self._outputs(start + b'"x"' + rest) == [b"x"]:
             self._known_frame = start + b'"', b'"' + rest
 
     def release(self, covered: int) -> bytes:

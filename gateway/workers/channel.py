@@ -8,6 +8,7 @@ import asyncio
 import copyreg
 import io
 import itertools
+import logging
 import pickle
 import socket
 from collections.abc import Awaitable, Callable
@@ -17,6 +18,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from gateway.config.model import GatewayConfig
+
+log = logging.getLogger(__name__)
 
 _LENGTH_BYTES = 4
 #: The number of what nobody has asked for: a worker's last words.
@@ -117,8 +120,14 @@ class Channel:
         """The next frame; None when the other process is gone."""
         try:
             length = int.from_bytes(await self._reader.readexactly(_LENGTH_BYTES))
-            return Received(*pickle.loads(await self._reader.readexactly(length)))  # noqa: S301
+            frame = await self._reader.readexactly(length)
         except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+        try:
+            return Received(*pickle.loads(frame))  # noqa: S301
+        except Exception:  # whatever it is: the other process runs another version of this program
+            log.exception("a message of another process cannot be read")
+            self._writer.close()
             return None
 
     async def reply(self, received: Received, answer: object) -> None:

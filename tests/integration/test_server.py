@@ -1,0 +1,54 @@
+"""What the data listener does with a connection whose answer goes wrong."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from aiohttp import web
+
+from gateway.http.server import DataServer
+from gateway.http.whole import WholeAnswer
+
+REQUEST = b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{}"
+
+
+class Faulty:
+    """Answers as it is told to."""
+
+    def __init__(self, way: str) -> None:
+        self._way = way
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        if self._way == "line break":
+            return WholeAnswer(200, {"x-id": "a\nb: c"}, b"{}")
+        if self._way == "raises":
+            raise RuntimeError("a fault")
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"begun")
+        raise RuntimeError("a fault")
+
+
+@asynccontextmanager
+async def serving(way: str) -> AsyncIterator[int]:
+    runner = web.ServerRunner(DataServer(Faulty(way)), shutdown_timeout=1)  # type: ignore[arg-type]
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize("way", ["line break", "raises", "raises after it began"])
+async def test_the_connection_is_closed(way: str) -> None:
+    async with serving(way) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(REQUEST)
+        async with asyncio.timeout(20):
+            said = await reader.read()
+        assert b"\nb: c" not in said
+        assert said.startswith(b"HTTP/1.1 500 ") == (way == "raises")
+        writer.close()
+        await writer.wait_closed()
