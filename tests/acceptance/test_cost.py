@@ -25,8 +25,9 @@ pytestmark = [
     ),
 ]
 
-#: A twelfth above what was measured when they were set: 1.46 and 1.10. To be lowered with it.
-MOST_OF_A_REQUEST, MOST_OF_AN_EVENT = 1.58, 1.20
+#: When they were set, 1.46 to 1.65 and 1.10 were counted: what goes on beside the requests (the ledger's archive, leases)
+#: falls among them or not. To be lowered with it.
+MOST_OF_A_REQUEST, MOST_OF_AN_EVENT = 1.85, 1.30
 
 
 @pytest.fixture
