@@ -4,8 +4,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from redis.asyncio.connection import parse_url
-
 from gateway.credits.errors import StoreUnsuitable
 
 _OPTIONS = {"host", "port", "path", "username", "password", "db", "ssl_ca_certs", "connection_class"}
@@ -89,6 +87,11 @@ def read_url(url: str) -> StoreUrl:
 
 
 def _endpoint(url: str) -> Endpoint:
+    if url.startswith("unix://") and not set("@?") & set(url):
+        # Such as the embedded store's, which shall not wait a tenth of a second for the import below.
+        return Endpoint(path=unquote(url.removeprefix("unix://")))
+    from redis.asyncio.connection import parse_url  # noqa: PLC0415
+
     try:
         options: dict[str, Any] = dict(parse_url(url))
     except ValueError as error:  # its text may hold the password
