@@ -25,7 +25,7 @@ pytestmark = [
     ),
 ]
 
-#: When they were set, 1.46 to 1.65 and 1.10 were counted: what goes on beside the requests (the ledger's archive, leases)
+#: When they were set, 1.46 to 1.65 and 1.10 were counted: what goes on beside the requests (archive, leases)
 #: falls among them or not. To be lowered with it.
 MOST_OF_A_REQUEST, MOST_OF_AN_EVENT = 1.85, 1.30
 
