@@ -75,7 +75,7 @@ class Client(asyncio.Protocol):
         if self._left < 0:
             self.events += data.count(_EVENT)
             self._tail = (self._tail + data)[-len(_CHUNKED_END) :]
-            ended = self._tail == _CHUNKED_END
+            ended = self._tail.endswith(_CHUNKED_END) or (self._tail == data == _CHUNKED_END[2:])
         else:
             self._left -= len(data)
             ended = self._left == 0

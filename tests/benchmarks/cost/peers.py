@@ -10,6 +10,7 @@ as ours is not.
 """
 
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -57,17 +58,18 @@ def nginx(upstream: str) -> Iterator[Proxy]:
 
 @contextmanager
 def litellm(upstream: str) -> Iterator[Proxy]:
-    """Its proxy with one model and no database: it checks no key and meters nothing."""
-    port = _free_port()
+    """Its proxy with one model and no database: it knows one key and meters nothing."""
+    port, key = _free_port(), f"sk-{secrets.token_hex(24)}"
     with tempfile.TemporaryDirectory(prefix="qg-litellm-") as directory:
         config = Path(directory) / "config.yaml"
         config.write_text(
             "model_list:\n  - model_name: bench\n    litellm_params:\n"
             f"      {{model: openai/bench, api_base: '{upstream}', api_key: none}}\n"
+            f"general_settings: {{master_key: {key}}}\n"
         )
         command = [str(PEERS / "litellm/bin/litellm"), "--config", str(config), "--port", str(port)]
         with _running([*command, "--host", "127.0.0.1"], port) as pid:
-            yield Proxy("LiteLLM", Target(f"http://127.0.0.1:{port}/v1"), (pid, *children_of(pid)))
+            yield Proxy("LiteLLM", Target(f"http://127.0.0.1:{port}/v1", key), (pid, *children_of(pid)))
 
 
 @contextmanager

@@ -4,12 +4,15 @@ Written on the bare protocol, so that it takes as little as possible of the two 
 """
 
 import asyncio
+import re
 import sys
 
 import uvloop
 
 from tests.upstreams.process import READY
 
+_STREAMED = re.compile(rb'"stream": ?true')
+_USAGE_WANTED = re.compile(rb'"include_usage": ?true')
 _WHOLE = (
     b'{"id":"chatcmpl-1","object":"chat.completion","created":1,"model":"bench","choices":[{"index":0,"message":'
     b'{"role":"assistant","content":"A short answer, as most are, of about a dozen words or so."},'
@@ -64,10 +67,10 @@ class Model(asyncio.Protocol):
     def _answer(self, body: bytes) -> None:
         assert self._transport is not None
         tail = body[-200:] + body[:200]
-        if b'"stream":true' not in tail:
+        if not _STREAMED.search(tail):
             self._transport.write(_ANSWER)
             return
-        self._usage = b'"include_usage":true' in tail
+        self._usage = _USAGE_WANTED.search(tail) is not None
         self._left = self._events
         self._transport.write(_STREAM_HEAD)
         self._loop.call_later(self._pause_s, self._go_on)
