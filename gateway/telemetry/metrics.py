@@ -121,7 +121,7 @@ class Metrics:
             ("phase",),
             _FAST_BUCKETS,
         )
-        #: By phase, where ``overhead`` counts: each request does so five times.
+        #: Where the gateway's own time in a phase is recorded, forward without the wait for the upstream.
         self.phases: Mapping[Phase, Histogram] = {phase: self._overhead[(phase,)] for phase in get_args(Phase)}
         self._store = self._histograms(
             "quota_gateway_store_seconds",
@@ -244,16 +244,8 @@ class Metrics:
         """Say where the number of the journal's open entries is to be read."""
         self._journal_pending.set_function(count)
 
-    def overhead(self, phase: Phase, seconds: float) -> None:
-        """Record the gateway's own time in one phase of a request; forward: without the wait for the upstream."""
-        self.phases[phase].observe(seconds)
-
-    def store_call(self, script: str, seconds: float) -> None:
-        """Record the time from asking for a script to its reply."""
-        self.store_seconds(script).observe(seconds)
-
     def store_seconds(self, script: str) -> Histogram:
-        """Where ``store_call`` counts."""
+        """Where the time from asking for a script to its reply is recorded."""
         return self._store[(script,)]
 
     def upstream_started(self, upstream: str) -> None:

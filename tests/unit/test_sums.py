@@ -10,7 +10,7 @@ def process(*, requests: int, open_requests: int, plan: str = "standard") -> Met
     metrics = Metrics(["standard", "developer"], ["llama"])
     for _ in range(requests):
         metrics.decided("admitted", "allowance", plan)
-        metrics.store_call("reserve", 0.003)
+        metrics.store_seconds("reserve").observe(0.003)
     metrics.watch_reservations_open(lambda: open_requests)
     return metrics
 
