@@ -42,7 +42,7 @@ def upstream() -> Iterator[str]:
 def test_the_gateway_runs_hardly_more_instructions_than_a_passthrough(
     upstream: str, stream: bool, requests: int, most: float
 ) -> None:
-    plain = per_request(lambda: proxies.passthrough(upstream), requests, stream=stream)
+    plain = per_request(lambda: proxies.passthrough(upstream, "uvloop"), requests, stream=stream)
     with tempfile.TemporaryDirectory(prefix="qg-cost-") as directory:
         ours = per_request(lambda: proxies.gateway(upstream, Path(directory)), requests, stream=stream)
     assert ours <= most * plain, f"{ours:.0f} instructions, the passthrough {plain:.0f}: {ours / plain:.2f} ×"

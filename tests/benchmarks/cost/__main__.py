@@ -1,8 +1,9 @@
 """What the gateway costs beside a proxy that does nothing: ``python -m tests.benchmarks.cost [--rounds N] [--write]``.
 
 Runs the gateway, with everything on that a newcomer has, and a bare aiohttp passthrough (``passthrough.py``) in front
-of the same model, in turn, and prints the medians and their ratios with the machine that it ran on. Peers join in where
-they are installed: ``peers.py`` says how. ``--write`` puts the result into ``result.md``, which README.md quotes.
+of the same model, in turn, and prints the medians and their ratios with the machine that it ran on. The passthrough
+runs twice: as aiohttp does by itself, and on uvloop, as the gateway does. Peers join in where they are installed:
+``peers.py`` says how. ``--write`` puts the result into ``result.md``, which README.md quotes.
 
 CPU is that of the proxy's own processes, user and system; the store's is shown apart. Some ten minutes on two cores.
 """
@@ -13,7 +14,7 @@ import platform
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,12 +23,15 @@ import yaml
 
 from tests.benchmarks import store
 from tests.benchmarks.cost import measures, peers, proxies
+from tests.benchmarks.cost.load import Target
 from tests.benchmarks.cost.measures import EVENTS, LARGE_PROMPT_BYTES, PAUSE_MS
 from tests.benchmarks.cost.proxies import Proxy
 from tests.upstreams.process import server_process
 
 RESULT = Path(__file__).with_name("result.md")
 _REQUESTS, _LARGE, _STREAMS, _OPEN_STREAMS = 6000, 600, 192, 2000
+#: Requests whose reading is nearly all of the work: as many messages, of 400 kB in all.
+_MANY_MESSAGES, _LABORIOUS = 10_000, 300
 _LATENCY_S = 5.0
 
 Opener = Callable[[], AbstractContextManager[Proxy]]
@@ -47,8 +51,8 @@ class Table:
 
     def written(self) -> str:
         """The rows in Markdown, with the machine."""
-        lines = ["| measure | reach | gateway | passthrough | ratio |", "|---|---|---|---|---|"]
-        lines += [f"| {' | '.join((*row, '', '', '')[:5])} |" for row in self.rows]
+        lines = ["| measure | reach | gateway | passthrough | ratio | on uvloop | ratio |", f"|{'---|' * 7}"]
+        lines += [f"| {' | '.join((*row, *([''] * 5))[:7])} |" for row in self.rows]
         return "\n".join([f"{_machine()}", "", *lines, ""])
 
 
@@ -66,6 +70,7 @@ def main() -> None:
         ours: list[Opener] = [
             lambda: proxies.gateway(upstream, directory / "data"),
             lambda: proxies.passthrough(upstream),
+            lambda: proxies.passthrough(upstream, "uvloop"),
         ]
         _compare(table, ours, args.rounds)
         _peers(table, beside)
@@ -80,14 +85,15 @@ def main() -> None:
 
 
 def _compare(table: Table, openers: list[Opener], rounds: int) -> None:
-    """The gateway and the passthrough, A B A B."""
+    """The gateway and the passthroughs, A B C A B C."""
     whole, large, event = [], [], []
-    with openers[0]() as gateway, openers[1]() as passthrough:
+    with ExitStack() as running:
+        all_of_them = [running.enter_context(opener()) for opener in openers]
         for _ in range(rounds):
-            both = gateway, passthrough
-            whole.append([uvloop.run(measures.request_us(one, _REQUESTS)) for one in both])
-            event.append([uvloop.run(measures.event_us(one, _STREAMS)) for one in both])
-            large.append([uvloop.run(measures.request_us(one, _LARGE, LARGE_PROMPT_BYTES)) for one in both])
+            whole.append([uvloop.run(measures.request_us(one, _REQUESTS)) for one in all_of_them])
+            event.append([uvloop.run(measures.event_us(one, _STREAMS)) for one in all_of_them])
+            large.append([uvloop.run(measures.request_us(one, _LARGE, LARGE_PROMPT_BYTES)) for one in all_of_them])
+        gateway = all_of_them[0]
         trips = uvloop.run(measures.trips(gateway, _REQUESTS))
     _ratio(table, "CPU per request, not streamed, µs", "≤ 0.8 ×", whole)
     _ratio(table, "CPU per streamed event, µs", "≤ 1.0 ×", event)
@@ -97,9 +103,10 @@ def _compare(table: Table, openers: list[Opener], rounds: int) -> None:
 
 
 def _ratio(table: Table, measure: str, reach: str, rounds: list[list[float]]) -> None:
-    ours, theirs = (statistics.median(column) for column in zip(*rounds, strict=True))
-    ratio = statistics.median(one / other for one, other in rounds)
-    table.add(measure, reach, f"{ours:.1f}", f"{theirs:.1f}", f"{ratio:.2f}")
+    ours, *theirs = (statistics.median(column) for column in zip(*rounds, strict=True))
+    ratios = [statistics.median(row[0] / row[other] for row in rounds) for other in range(1, len(rounds[0]))]
+    beside = [text for one, ratio in zip(theirs, ratios, strict=True) for text in (f"{one:.1f}", f"{ratio:.2f}")]
+    table.add(measure, reach, f"{ours:.1f}", *beside)
 
 
 def _peers(table: Table, openers: list[Opener]) -> None:
@@ -112,32 +119,38 @@ def _peers(table: Table, openers: list[Opener]) -> None:
 
 
 def _latency(table: Table, upstream: str, directory: Path) -> None:
-    with proxies.gateway(upstream, directory / "latency") as gateway, proxies.passthrough(upstream) as passthrough:
+    with (
+        proxies.gateway(upstream, directory / "latency") as gateway,
+        proxies.passthrough(upstream) as plain,
+        proxies.passthrough(upstream, "uvloop") as on_uvloop,
+    ):
         rate = uvloop.run(measures.requests_per_s(gateway, _REQUESTS)) / 2
-        targets = (proxies.Target(upstream), passthrough.target, gateway.target)
-        direct, plain, ours = (uvloop.run(measures.latency(target, rate, _LATENCY_S)) for target in targets)
-    for name, of in (("p50", lambda one: one.p50_ms), ("p99", lambda one: one.p99_ms)):
-        reach = "1 ms" if name == "p50" else "3 ms"
-        added, others = of(ours) - of(direct), of(plain) - of(direct)
+        targets = (Target(upstream), gateway.target, plain.target, on_uvloop.target)
+        seen = [uvloop.run(measures.latency(target, rate, _LATENCY_S)) for target in targets]
+    for name, reach, of in (("p50", "1 ms", lambda one: one.p50_ms), ("p99", "3 ms", lambda one: one.p99_ms)):
+        ours, theirs, others = (f"{of(one) - of(seen[0]):.2f}" for one in seen[1:])
         measure = f"added latency at {rate:.0f} requests/s, {name}, ms"
-        table.add(measure, f"≤ {reach} more", f"{added:.2f}", f"{others:.2f}")
+        table.add(measure, f"≤ {reach} more", ours, theirs, "", others)
 
 
 def _workers(table: Table, upstream: str, directory: Path, rounds: int) -> None:
-    """By CPU-bound load: large prompts, so that load, model and store take as little as can be of the two cores."""
-    shown = []
+    """By requests that are nearly all the gateway's work, and by small ones, mostly of load, model and store."""
+    hard, easy, cores = [], [], []
     for number in range(max(1, rounds // 2)):
-        at = []
-        for workers in ("1", "2"):
-            with proxies.gateway(upstream, directory / f"workers-{number}-{workers}", "--workers", workers) as gateway:
-                uvloop.run(measures.requests_per_s(gateway, _LARGE // 4, LARGE_PROMPT_BYTES))
-                per_s = uvloop.run(measures.requests_per_s(gateway, _LARGE, LARGE_PROMPT_BYTES))
-                us = uvloop.run(measures.request_us(gateway, _LARGE, LARGE_PROMPT_BYTES))
-            at.append((per_s, us))
-        shown.append((at[1][0] / at[0][0], at[0][1] / at[1][1] * 2))
-    per_s, of_cores = (statistics.median(column) for column in zip(*shown, strict=True))
-    table.add("requests/s of two workers, all on two cores", "≥ 1.8 × one", f"{per_s:.2f} ×")
-    table.add("the same by what a core of the gateway's does", "≥ 1.8 × one", f"{of_cores:.2f} ×")
+        seen = [_per_s(upstream, directory / f"workers-{number}-{workers}", workers) for workers in ("1", "2")]
+        hard.append(seen[1][0] / seen[0][0])
+        easy.append(seen[1][1] / seen[0][1])
+        cores.append(measures.two_cores())
+    told = f"{statistics.median(hard):.2f} ×, of {statistics.median(cores):.2f} × that two cores are here"
+    table.add(f"two workers, requests of {_MANY_MESSAGES:,} messages", "≥ 1.8 × one", told)
+    table.add("two workers, small requests, load and store beside", "", f"{statistics.median(easy):.2f} ×")
+
+
+def _per_s(upstream: str, directory: Path, workers: str) -> tuple[float, float]:
+    """Requests/s of so many workers: laborious ones, and small ones."""
+    with proxies.gateway(upstream, directory, "--workers", workers) as gateway:
+        hard = uvloop.run(measures.requests_per_s(gateway, _LABORIOUS, LARGE_PROMPT_BYTES, _MANY_MESSAGES))
+        return hard, uvloop.run(measures.requests_per_s(gateway, _REQUESTS))
 
 
 def _start(table: Table, upstream: str, directory: Path, rounds: int) -> None:

@@ -20,12 +20,13 @@ class Target:
     base_url: str
     key: str = "none"
 
-    def request(self, *, stream: bool = False, prompt_bytes: int = 76) -> bytes:
-        """A chat request as it goes over the wire."""
-        prompt = _PROMPT * (prompt_bytes // len(_PROMPT) + 1)
+    def request(self, *, stream: bool = False, prompt_bytes: int = 76, messages: int = 1) -> bytes:
+        """A chat request as it goes over the wire; its prompt in so many messages of the same length."""
+        each = prompt_bytes // messages
+        prompt = _PROMPT * (each // len(_PROMPT) + 1)
         document = {
             "model": "bench",
-            "messages": [{"role": "user", "content": prompt[:prompt_bytes]}],
+            "messages": [{"role": "user", "content": prompt[:each]}] * messages,
             "max_tokens": 1024,
             "stream": stream,
         }

@@ -1,6 +1,7 @@
 """What is measured of a proxy. Each takes it as it runs, with nothing else asked of it meanwhile."""
 
 import asyncio
+import multiprocessing
 import socket
 import statistics
 import subprocess
@@ -23,6 +24,7 @@ from tests.benchmarks.cost.proxies import Proxy, resident_bytes
 EVENTS, PAUSE_MS = 100, 10
 LARGE_PROMPT_BYTES = 400_000
 _CONNECTIONS, _STREAMS = 32, 64
+_COMPUTE_S = 2.0
 
 
 async def request_us(proxy: Proxy, requests: int, prompt_bytes: int = 76) -> float:
@@ -37,14 +39,29 @@ async def request_us(proxy: Proxy, requests: int, prompt_bytes: int = 76) -> flo
 async def event_us(proxy: Proxy, streams: int) -> float:
     """CPU of the proxy's processes for each event of streams, their requests' share with it, µs."""
     before = proxy.cpu_s
-    await closed_loop(proxy.target, proxy.target.request(stream=True), _STREAMS, streams)
+    await closed_loop(proxy.target, proxy.target.request(stream=True), min(_STREAMS, streams), streams)
     return (proxy.cpu_s - before) / (streams * EVENTS) * 1e6
 
 
-async def requests_per_s(proxy: Proxy, requests: int, prompt_bytes: int = 76) -> float:
+async def requests_per_s(proxy: Proxy, requests: int, prompt_bytes: int = 76, messages: int = 1) -> float:
     """Answers per second while every connection asks again at once."""
-    request = proxy.target.request(prompt_bytes=prompt_bytes)
+    request = proxy.target.request(prompt_bytes=prompt_bytes, messages=messages)
     return requests / await closed_loop(proxy.target, request, _CONNECTIONS, requests)
+
+
+def two_cores() -> float:
+    """What two processes that only compute get done here, of what one does: less than 2 where cores are shared."""
+    with multiprocessing.Pool(2) as pool:
+        alone = pool.map(_computed, [_COMPUTE_S])[0]
+        return sum(pool.map(_computed, [_COMPUTE_S] * 2, chunksize=1)) / alone
+
+
+def _computed(seconds: float) -> int:
+    """Rounds of a loop that were done in that time."""
+    until, done = time.perf_counter() + seconds, 0
+    while time.perf_counter() < until:
+        done += sum(range(1000)) > 0
+    return done
 
 
 @dataclass(frozen=True)

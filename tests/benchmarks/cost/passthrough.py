@@ -1,6 +1,7 @@
-"""The yardstick: a proxy of aiohttp alone that does nothing but pass on. ``python -m … UPSTREAM_BASE_URL``.
+"""The yardstick: a proxy of aiohttp alone that does nothing but pass on. ``python -m … UPSTREAM_BASE_URL [uvloop]``.
 
-It runs on uvloop, as the gateway does, because what is compared is what the gateway does, not the event loop.
+It runs as aiohttp does by itself, on the event loop of the standard library; or on uvloop, as the gateway does, to tell
+what is the loop's part and what the gateway's.
 """
 
 import asyncio
@@ -53,4 +54,5 @@ async def serve(app: web.Application) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(passthrough(sys.argv[1])))
+    run = uvloop.run if sys.argv[2:] == ["uvloop"] else asyncio.run
+    run(serve(passthrough(sys.argv[1])))

@@ -67,9 +67,9 @@ def gateway(upstream: str, directory: Path, *options: str) -> Iterator[Proxy]:
 
 
 @contextmanager
-def passthrough(upstream: str) -> Iterator[Proxy]:
-    """The yardstick."""
-    with server_process("tests.benchmarks.cost.passthrough", upstream) as process:
+def passthrough(upstream: str, *loop: str) -> Iterator[Proxy]:
+    """The yardstick. loop: ``uvloop``, or none for the standard library's."""
+    with server_process("tests.benchmarks.cost.passthrough", upstream, *loop) as process:
         yield Proxy("passthrough", Target(process.base_url), (process.pid,))
 
 
