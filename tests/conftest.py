@@ -71,7 +71,7 @@ def valkey(session_valkey: TimedServer, monkeypatch: pytest.MonkeyPatch) -> Time
     """The session's server, empty, its clock standing at START_MS and the engine's own clock showing the same."""
     session_valkey.clock.freeze_at(START_MS)
     session_valkey.server.command("FLUSHALL")
-    monkeypatch.setattr(scripts, "_gateway_ms", session_valkey.clock.now_ms)
+    monkeypatch.setattr(scripts, "gateway_ms", session_valkey.clock.now_ms)
     return session_valkey
 
 

@@ -356,14 +356,14 @@ class EngineModel:
         if hold is None or hold.account != name:
             raise UnknownReservation(reservation)
         if hold.state not in {"open", "expired"}:
-            return replace(_settlement(reservation, hold, True), funds=self._funds_after(account, plan))
+            return _settlement(reservation, hold, True)._replace(funds=self._funds_after(account, plan))
         postings: Postings = Counter()
         if hold.state == "expired":
             self._uncharge(account, hold, postings)
         self._charge(account, hold, cost, "settled", postings)
         self._remember_time(account)
         self._enter(account, "settle", reservation, postings, model="model", key=hold.key, note=note)
-        return replace(_settlement(reservation, hold, False), funds=self._funds_after(account, plan))
+        return _settlement(reservation, hold, False)._replace(funds=self._funds_after(account, plan))
 
     def release(self, name: str, reservation: str, verb: Literal["void", "expire", "abandon"]) -> Settlement | None:
         """End without its maker's word on the cost."""

@@ -74,8 +74,8 @@ class Gateway:
         # Here is much quicker than in a process of its own. But on an ended gateway's directory a verb starts a store,
         # which must follow the clock.
         if self.process.poll() is None:
-            now_ms = self.clock.now_ms if self.clock else scripts._gateway_ms
-            with patch.object(scripts, "_gateway_ms", now_ms):
+            now_ms = self.clock.now_ms if self.clock else scripts.gateway_ms
+            with patch.object(scripts, "gateway_ms", now_ms):
                 ended = _run_here(self.config, *command, environment=self.environment)
         else:
             ended = run_cli(self.config, *command, environment=self.environment)

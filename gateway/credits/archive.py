@@ -218,13 +218,17 @@ def _append(connection: Connection, rows: Sequence[Row], broken: Sequence[Broken
     conflicts = [(one.shard, one.stream_id, one.account, str(one), one.content) for one in broken]
     if new != len(rows):
         for entry in map(entry_of, rows):
-            if lost := _without_place(connection, entry):
-                conflicts.append(
-                    (lost.shard, lost.stream_id, lost.account, _LOST + _name(lost), json.dumps(row_of(lost)))
-                )
+            there = _with_number_of(entry, connection)
+            if there == entry:
+                continue
+            # The store is right about what it has now. Not the other way round, for an archiver that read its entry
+            # just before the failover.
+            if there is not None and _place(there) < _place(entry):
+                conflicts.append(_conflict(there, _LOST + _name(there)))
+                _remove(there, connection)
                 new += connection.insert_entries([row_of(entry)])
-            elif reason := _refusal(connection, entry):
-                conflicts.append((entry.shard, entry.stream_id, entry.account, reason, json.dumps(row_of(entry))))
+            else:
+                conflicts.append(_conflict(entry, f"{_name(entry)} is not the one that the archive has"))
     for shard, stream_id, account, reason, content in conflicts:
         recorded = connection.execute(
             "INSERT INTO ledger_conflicts (shard, stream_id, digest, account, reason, content) "
@@ -245,22 +249,17 @@ def _place(entry: Entry) -> tuple[int, ...]:
     return tuple(map(int, entry.stream_id.split("-")))
 
 
-def _without_place(connection: Connection, entry: Entry) -> Entry | None:
-    """Take away the entry that has a later one's number, if one has: the store is right about what it has now."""
+def _with_number_of(entry: Entry, connection: Connection) -> Entry | None:
     row = connection.execute(f"{_SELECT} WHERE account = ? AND sequence = ?", entry.account, entry.sequence).fetchone()
-    # Not the other way round, for an archiver that read its entry just before the failover.
-    if row is None or _place(found := entry_of(row)) >= _place(entry):
-        return None
+    return None if row is None else entry_of(row)
+
+
+def _remove(entry: Entry, connection: Connection) -> None:
     connection.execute("DELETE FROM ledger_entries WHERE account = ? AND sequence = ?", entry.account, entry.sequence)
-    return found
 
 
-def _refusal(connection: Connection, entry: Entry) -> str | None:
-    """Why an entry did not go in; None if it is there."""
-    row = connection.execute(f"{_SELECT} WHERE shard = ? AND stream_id = ?", entry.shard, entry.stream_id).fetchone()
-    if row is not None and entry_of(row) == entry:
-        return None
-    return f"{_name(entry)} is not the one that the archive has from this place of the stream"
+def _conflict(entry: Entry, reason: str) -> tuple[int, str, str, str, str]:
+    return entry.shard, entry.stream_id, entry.account, reason, json.dumps(row_of(entry))
 
 
 def _last_sequences(connection: Connection, account: str | None) -> dict[str, int]:

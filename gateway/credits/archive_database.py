@@ -1,6 +1,7 @@
 """What the archive asks of a database, whichever it is, and the archive's tables.
 
-ledger_entries     one row per entry, the columns of ``ledger.Entry``; mappings as JSON text
+ledger_entries     one row per entry, the columns of ``ledger.Entry``; mappings as JSON text. Earlier versions
+                   made it with another key, (shard, stream_id), beside: such a table takes the same rows
 ledger_conflicts   entries that are not there: not readable, or another entry has their place. Never empty them
                    unread: each is a movement of credits that the ledger does not agree about, or that the store has
                    lost: a replica that became the primary without it has given its number to another
@@ -8,11 +9,12 @@ archive_meta       id: which archive this is, for ever; version: of these tables
 """
 
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
-from gateway.credits.archive_rows import COLUMNS, Row
+from gateway.credits.archive_rows import Row
 
 VERSION = "1"
 CONNECT_TIMEOUT_S = 5
@@ -24,16 +26,11 @@ _TABLES = (
         kind TEXT NOT NULL, id TEXT NOT NULL, time_ms BIGINT NOT NULL, postings TEXT NOT NULL,
         used_after TEXT NOT NULL, balance_after_nano BIGINT NOT NULL, plan TEXT NOT NULL, model TEXT NOT NULL,
         key TEXT NOT NULL, price_version TEXT NOT NULL, source TEXT NOT NULL, tokens TEXT NOT NULL,
-        reason TEXT NOT NULL, extra TEXT NOT NULL,
-        PRIMARY KEY (shard, stream_id), UNIQUE (account, sequence))""",
+        reason TEXT NOT NULL, extra TEXT NOT NULL, PRIMARY KEY (account, sequence)){in_order_of_key}""",
     """CREATE TABLE IF NOT EXISTS ledger_conflicts (
         shard INTEGER NOT NULL, stream_id TEXT NOT NULL, digest TEXT NOT NULL, account TEXT NOT NULL,
         reason TEXT NOT NULL, content TEXT NOT NULL, PRIMARY KEY (shard, stream_id, digest))""",
     """CREATE INDEX IF NOT EXISTS ledger_conflicts_account ON ledger_conflicts (account)""",
-)
-_INSERT_ENTRY = (
-    f"INSERT INTO ledger_entries ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) "  # noqa: S608
-    "ON CONFLICT DO NOTHING"
 )
 
 
@@ -49,7 +46,7 @@ class Cursor(Protocol):
         """All rows that are left."""
 
 
-class Connection:
+class Connection(ABC):
     """The part of DB-API that is needed, without transactions of its own; ``?`` stands for a value. All but ``abort``
     raise the errors of the database."""
 
@@ -71,15 +68,9 @@ class Connection:
         cursor: Cursor = self._raw.execute(statement.replace("?", self._placeholder), values)
         return cursor
 
+    @abstractmethod
     def insert_entries(self, rows: Sequence[Row]) -> int:
-        """Put entries in that no other has the place or number of; how many went in."""
-        cursor = self._raw.cursor()
-        try:
-            cursor.executemany(_INSERT_ENTRY.replace("?", self._placeholder), rows)
-            inserted: int = cursor.rowcount
-        finally:
-            cursor.close()
-        return inserted
+        """Put entries in whose number no other of their account has; how many went in."""
 
     def begin(self) -> None:
         """Open a transaction; ending the connection undoes it."""
@@ -98,6 +89,8 @@ class Database(Protocol):
     """A database that may hold the archive. All raise ``errors``."""
 
     errors: tuple[type[Exception], ...]
+    #: What ends the definition of a table whose rows lie in the order of its key, where a database knows such tables.
+    in_order_of_key: str
 
     def connect(self, *, create: bool) -> Connection | None:
         """A connection as it comes; None where there is no database and none is to be made."""
@@ -136,7 +129,7 @@ def _make_tables(database: Database, connection: Connection) -> None:
     # Gateways that start at once would make them at once.
     database.begin_alone(connection)
     for statement in _TABLES:
-        connection.execute(statement)
+        connection.execute(statement.format(in_order_of_key=database.in_order_of_key))
     insert = "INSERT INTO archive_meta (name, value) VALUES (?, ?) ON CONFLICT DO NOTHING"
     connection.execute(insert, "version", VERSION)
     connection.execute(insert, "id", secrets.token_hex(12))

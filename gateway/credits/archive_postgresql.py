@@ -40,6 +40,7 @@ class Postgresql:
     """A ``Database`` of a PostgreSQL server."""
 
     errors: tuple[type[Exception], ...] = (psycopg.Error, OSError)
+    in_order_of_key = ""
 
     def __init__(self, url: str) -> None:
         """url: postgresql://… Raises ValueError, whose text holds no password, where the driver cannot read it."""

@@ -1,15 +1,42 @@
 """The archive in a SQLite file."""
 
 import sqlite3
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 from gateway.credits.archive_database import CONNECT_TIMEOUT_S, Connection
+from gateway.credits.archive_rows import COLUMNS, Row
+
+#: Rows of a statement. Before and after each, Python's lock is let go and taken again, which the event loop may have to
+#: wait for: 80 times for 2000 entries, not 2000 times, and each time for less than 0.1 ms.
+_INSERT_AT_ONCE = 25
+
+
+@lru_cache(maxsize=_INSERT_AT_ONCE)
+def _insert_entries(rows: int) -> str:
+    row = f"({', '.join('?' * len(COLUMNS))})"
+    return (
+        f"INSERT INTO ledger_entries ({', '.join(COLUMNS)}) VALUES {', '.join([row] * rows)} "  # noqa: S608
+        "ON CONFLICT DO NOTHING"
+    )
+
+
+class _Connection(Connection):
+    def insert_entries(self, rows: Sequence[Row]) -> int:
+        inserted = 0
+        for first in range(0, len(rows), _INSERT_AT_ONCE):
+            piece = rows[first : first + _INSERT_AT_ONCE]
+            inserted += self._raw.execute(_insert_entries(len(piece)), tuple(chain.from_iterable(piece))).rowcount
+        return inserted
 
 
 class Sqlite:
     """A ``Database`` in a file, which several processes may have open."""
 
     errors: tuple[type[Exception], ...] = (sqlite3.Error, OSError)
+    in_order_of_key = " WITHOUT ROWID"
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -22,7 +49,7 @@ class Sqlite:
             self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._file.touch(mode=0o600)
         raw = sqlite3.connect(self._file, timeout=CONNECT_TIMEOUT_S, isolation_level=None)
-        return Connection(raw, placeholder="?", begin="BEGIN IMMEDIATE", abort=raw.interrupt)
+        return _Connection(raw, placeholder="?", begin="BEGIN IMMEDIATE", abort=raw.interrupt)
 
     def prepare(self, connection: Connection) -> None:
         """Let readers and a writer work side by side, and have every commit on the disk."""

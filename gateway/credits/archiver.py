@@ -8,11 +8,12 @@ import asyncio
 import logging
 import random
 import secrets
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
 from gateway.credits.archive import Archive, ArchiveError
 from gateway.credits.archive_rows import Row, read_row
+from gateway.credits.connection import Command
 from gateway.credits.errors import StoreError, StoreUnavailable
 from gateway.credits.keyspace import META, SHARDS, shard_keys
 from gateway.credits.ledger import BrokenEntry
@@ -26,14 +27,19 @@ log = logging.getLogger(__name__)
 PAUSE_S = 2.0
 #: The longest pause after failures.
 RETRY_MOST_S = 30.0
-#: Entries that are read at once: less than a millisecond of the store's time, and of the loop's. They are let go before
-#: the next are read: of 500 Python's garbage collector would take notice, for 2 µs each.
-READ_AT_ONCE = 200
+#: Entries that are read at once, and trimmed at once: half a millisecond of the loop's time and of the store's, for
+#: which requests wait.
+READ_AT_ONCE = 100
+#: Streams whose lengths are asked for at once, for the same reason.
+_LENGTHS_AT_ONCE = 64
 #: The most entries of one transaction.
 TRANSACTION = 2000
 #: Field of the store's META that says which archive its ledger goes to.
 ARCHIVE_FIELD = "archive"
 _STORE_FIELD = "id"
+
+#: What XRANGE gives: ids, each with names and values in turn.
+Batch = Sequence[tuple[bytes, list[bytes]]]
 
 
 class ForeignArchive(ArchiveError):
@@ -99,7 +105,10 @@ class Archiver:
 
         Raises StoreError, ArchiveError and ForeignArchive; nothing is trimmed then that is not archived.
         """
-        lengths = await self._store.call_all([("XLEN", shard_keys(shard).ledger) for shard in range(SHARDS)])
+        lengths: list[int] = []
+        for first in range(0, SHARDS, _LENGTHS_AT_ONCE):
+            some = range(first, first + _LENGTHS_AT_ONCE)
+            lengths += await self._store.call_all([("XLEN", shard_keys(shard).ledger) for shard in some])
         if not any(lengths):
             return
         await self.claim()
@@ -135,24 +144,25 @@ class Archiver:
                 for shard, count in counts.items()
             ]
         )
-        for shard, batch in zip(counts, replies, strict=True):
-            taken.add(shard, batch)
+        taken.add(zip(counts, replies, strict=True))
 
     async def _move(self, taken: "_Taken") -> None:
         if taken.entries:
             self._metrics.ledger_archived(await self._archive.append(taken.rows, taken.broken))
             # Exactly what was archived, by id. A trim by the last id would also take entries that a replica, made
             # primary since they were read, has given smaller ids.
-            await self._store.call_all([("XDEL", stream, *ids) for stream, ids in taken.ids.items()])
+            for trims in taken.trims:
+                await self._store.call_all(trims)
 
 
 class _Taken:
-    """What one transaction takes. ids: of its entries, by stream."""
+    """What one transaction takes. trims: what takes it from the streams, as much at once as was read at once."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
         self.broken: list[BrokenEntry] = []
-        self.ids: dict[str, list[bytes]] = {}
+        self.trims: list[list[Command]] = []
+        self._last: dict[str, bytes] = {}
 
     @property
     def entries(self) -> int:
@@ -161,18 +171,22 @@ class _Taken:
 
     def after(self, stream: str) -> bytes:
         """Where XRANGE goes on."""
-        return b"(" + self.ids[stream][-1] if stream in self.ids else b"-"
+        return b"(" + self._last[stream] if stream in self._last else b"-"
 
-    def add(self, shard: int, batch: Sequence[tuple[bytes, list[bytes]]]) -> None:
-        """Take more entries of a shard."""
-        for stream_id, words in batch:
-            try:
-                self.rows.append(read_row(shard, stream_id, words))
-            except BrokenEntry as error:
-                self.broken.append(error)
-        if batch:
-            ids = self.ids.setdefault(shard_keys(shard).ledger, [])
-            ids += [stream_id for stream_id, _ in batch]
+    def add(self, batches: Iterable[tuple[int, Batch]]) -> None:
+        """Take more entries, by shard."""
+        trims: list[Command] = []
+        for shard, batch in batches:
+            for stream_id, words in batch:
+                try:
+                    self.rows.append(read_row(shard, stream_id, words))
+                except BrokenEntry as error:
+                    self.broken.append(error)
+            if batch:
+                stream = shard_keys(shard).ledger
+                trims.append(("XDEL", stream, *(stream_id for stream_id, _ in batch)))
+                self._last[stream] = batch[-1][0]
+        self.trims.append(trims)
 
 
 def _reads(lengths: Sequence[int]) -> Iterator[dict[int, int]]:

@@ -14,7 +14,6 @@ from gateway.credits.topology import (
     RECONNECT_FIRST_S,
     RECONNECT_MOST_S,
     Changed,
-    Command,
     Opener,
     Retries,
     code_of,
@@ -77,19 +76,19 @@ class Cluster:
         """A connection to every primary. Raises StoreUnavailable if one is missing."""
         return [self._connection_to(address) for address in self._primaries]
 
-    async def send(self, key: str | None, command: Command) -> Reply:
-        """One command, to the primary of the key's slot or to any. Raises StoreUnavailable, StoreRefused."""
+    async def mend(self, way: Connection, refusal: StoreRefused, key: str | None, command: bytes) -> Reply:
+        """Follow a redirection, or wait the refusal out. Raises StoreUnavailable, StoreRefused."""
         slot = None if key is None else slot_of(key)
-        target, asking = self._owner_of(slot), False
-        connection = self._connection_to(target)
-        retries: Retries | None = None
+        asked = next((address for address, node in self._nodes.items() if node is way), None)
+        target = self._owner_of(slot) if asked is None else asked
+        retries = Retries(self._timeout_s)
         while True:
+            target, asking = await self._next_target(slot, target, refusal, retries)
+            way = await retries.within(self._reach(target), refusal)
             try:
-                return await (connection.send_asking(*command) if asking else connection.send(*command))
-            except StoreRefused as refusal:
-                retries = retries or Retries(self._timeout_s)
-                target, asking = await self._next_target(slot, target, refusal, retries)
-                connection = await retries.within(self._reach(target), refusal)
+                return await (way.write_asking(command) if asking else way.write(command))
+            except StoreRefused as again:
+                refusal = again
 
     async def _next_target(
         self, slot: int | None, asked: Address, refusal: StoreRefused, retries: Retries

@@ -19,7 +19,6 @@ from gateway.credits.reservations import LEASE_MS
 from gateway.credits.store import Store
 from gateway.domain.decision import Settlement
 from gateway.domain.plan import Plan
-from gateway.domain.price import Cost
 from gateway.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -75,17 +74,11 @@ class Ends:
         plan = self._configured(entry.plan)
         if plan.rate_ppm != entry.rate_ppm or plan.payg != entry.payg:  # it is charged at those that it was made at
             plan = replace(plan, rate_ppm=entry.rate_ppm, payg=entry.payg)
-        settlement = await scripts.settle(
-            self._store,
-            entry.account,
-            entry.reservation,
-            plan=plan,
-            cost=Cost(entry.cost_payg_nano, entry.cost_plan_nano),
-            note=entry.note,
-            created_ms=entry.created_ms,
-            key_id=entry.key_id,
-            model=entry.model,
-        )
+        store, account, reservation = self._store, entry.account, entry.reservation
+        wording = store.wording(account, entry.key_id, entry.model, plan.name, plan.terms)
+        command = wording.settle(reservation, entry.cost_payg_nano, entry.cost_plan_nano, entry.note, entry.created_ms)
+        reply = await store.run_packed("settle", wording.key, command)
+        settlement = scripts.read_settlement(reply, account, reservation)
         if not again:
             self._remember_end(entry)
             self._count_settlement(entry, settlement)

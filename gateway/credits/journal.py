@@ -20,11 +20,9 @@ import time
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
-
-from gateway.domain.value import value
+from typing import Literal, NamedTuple, TypeVar
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +39,7 @@ class JournalError(Exception):
     """The journal cannot be written: the disk is full, or fails. The text is for the operator."""
 
 
-@value(frozen=True, slots=True)
-class JournalEntry:
+class JournalEntry(NamedTuple):
     """What the store is still to be told about one reservation.
 
     cost_payg_nano, cost_plan_nano: the cost at list price and at the plan's rate; note: as the ledger keeps it;
@@ -191,7 +188,7 @@ class Journal:
         try:
             if file is None or file.end >= MAX_FILE_BYTES:
                 file = self._current = self._create()
-            file.append((asdict(entry) for entry in entries), sync=True)
+            file.append((entry._asdict() for entry in entries), sync=True)
         except OSError as error:
             log.error("the settlement journal in %s cannot be written: %s", self._directory, error)
             # After a failed sync nobody knows what is on disk. What went into this file before is still there; what

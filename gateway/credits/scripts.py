@@ -35,29 +35,37 @@ class RepeatKey:
     body_hash: str
 
 
-_NO_REPEAT = RepeatKey("", "")
-_WINDOW_VALUES = 5
+NO_REPEAT = RepeatKey("", "")
+_ENDED_VALUES, _FUNDS_VALUES, _WINDOW_VALUES = 6, 5, 5
+#: Makes a named tuple of values that are in its order, for a third of what its own constructor takes.
+_tuple = tuple.__new__
 
 
-def _asked(amount: Cost, minimum_nano: int, alone_nano: int, *, grows: bool, key_hash: str) -> str:
+def asked(amount: Cost, minimum_nano: int, alone_nano: int, *, grows: bool, key_hash: str) -> str:
     """What a request asks for as ``reserve`` takes it and its record keeps it: most requests ask for all or nothing, at
     the list price, and a number that is the same again is left out."""
-    at_rate = "" if amount.plan_nano == amount.payg_nano else amount.plan_nano
-    minimum = "" if minimum_nano == amount.plan_nano else minimum_nano
+    listed, rated = amount.payg_nano, amount.plan_nano
+    at_rate = "" if rated == listed else rated
+    minimum = "" if minimum_nano == rated else minimum_nano
     alone = "" if alone_nano == minimum_nano else alone_nano
-    return f"{amount.payg_nano},{at_rate},{minimum},{alone},{int(grows)},{key_hash}"
+    return f"{listed},{at_rate},{minimum},{alone},{'1' if grows else '0'},{key_hash}"
 
 
-def _gateway_ms() -> int:
-    # Only ever compared with the store's clock; nothing is decided by it.
+def gateway_ms() -> int:
+    """This machine's clock, ms since 1970. Only ever compared with the store's clock; nothing is decided by it."""
     return time.time_ns() // 1_000_000
 
 
-def _funds(values: list[Any]) -> Funds:
-    plan, balance, balance_held, now, sequence, *numbers = values
-    starts = range(0, len(numbers), _WINDOW_VALUES)
-    windows = tuple([WindowFunds(*numbers[at : at + _WINDOW_VALUES]) for at in starts])
-    return Funds(plan.decode(), balance, balance_held, now, sequence, windows)
+def _funds(reply: list[Any], at: int) -> Funds:
+    """What a reply says of the account from one of its values on."""
+    plan, balance, balance_held, now, sequence = reply[at : at + _FUNDS_VALUES]
+    first = at + _FUNDS_VALUES
+    if len(reply) == first + _WINDOW_VALUES:  # of nearly all plans
+        windows: tuple[WindowFunds, ...] = (_tuple(WindowFunds, reply[first:]),)
+    else:
+        starts = range(first, len(reply), _WINDOW_VALUES)
+        windows = tuple([_tuple(WindowFunds, reply[start : start + _WINDOW_VALUES]) for start in starts])
+    return _tuple(Funds, (plan.decode(), balance, balance_held, now, sequence, windows))
 
 
 async def reserve(
@@ -77,29 +85,29 @@ async def reserve(
 ) -> Reserved | NotReserved | Repeated:
     """Hold up to amount for lease_ms, and at least minimum_nano (list price), or alone_nano if no other request of the
     account holds credits. One that grows must leave an eighth of what others hold free for them to grow, too."""
-    repeat = repeat or _NO_REPEAT
-    reply = await store.run(
-        "reserve",
-        money_keys(account),
-        (
-            *(account, reservation, _asked(amount, minimum_nano, alone_nano, grows=grows, key_hash=repeat.key_hash)),
-            *(lease_ms, _gateway_ms(), key_id, model, repeat.body_hash, plan.name, plan.terms),
-        ),
-    )
-    match reply[0]:
-        case b"reserved":
-            _, from_allowance, from_balance, covered, *funds = reply
-            return Reserved(reservation, covered, from_allowance, from_balance, _funds(funds))
+    repeat = repeat or NO_REPEAT
+    wording = store.wording(account, key_id, model, plan.name, plan.terms)
+    wanted = asked(amount, minimum_nano, alone_nano, grows=grows, key_hash=repeat.key_hash)
+    command = wording.reserve(reservation, wanted, lease_ms, gateway_ms(), repeat.body_hash)
+    return read_reserved(await store.run_packed("reserve", wording.key, command), reservation)
+
+
+def read_reserved(reply: list[Any], reservation: str) -> Reserved | NotReserved | Repeated:
+    """What ``reserve`` answers."""
+    outcome = reply[0]
+    if outcome == b"reserved":
+        return _tuple(Reserved, (reservation, reply[3], reply[1], reply[2], _funds(reply, 4)))
+    match outcome:
         case b"denied":
-            return NotReserved("denied", plan.name, _funds(reply[1:]))
+            funds = _funds(reply, 1)
+            return NotReserved("denied", funds.plan, funds)
         case b"other_plan":
             return NotReserved("other_plan", reply[1].decode())
         case b"other_body":
             return Repeated("other_body")
-        case (b"in_progress" | b"answered") as state:
-            return Repeated(state.decode(), reply[1].decode(), reply[2])
-        case outcome:
-            return NotReserved(outcome.decode())
+        case b"in_progress" | b"answered":
+            return Repeated(outcome.decode(), reply[1].decode(), reply[2])
+    return NotReserved(outcome.decode())
 
 
 async def extend(
@@ -120,14 +128,13 @@ async def extend(
         money_keys(account),
         (
             *(account, reservation, wanted.payg_nano, wanted.plan_nano, seen.payg_nano, seen.plan_nano, seen_note),
-            *(lease_ms, _gateway_ms(), plan.name, plan.terms),
+            *(lease_ms, gateway_ms(), plan.name, plan.terms),
         ),
     )
     _check_known(reply[0], account, reservation)
     if reply[0] == b"ended":
-        return Extended(0, 0, 0, open=False, funds=_funds(reply[2:]))
-    _, from_allowance, from_balance, covered, *funds = reply
-    return Extended(covered, from_allowance, from_balance, open=True, funds=_funds(funds))
+        return Extended(0, 0, 0, open=False, funds=_funds(reply, 2))
+    return Extended(reply[3], reply[1], reply[2], open=True, funds=_funds(reply, 4))
 
 
 async def settle(
@@ -144,15 +151,9 @@ async def settle(
 ) -> Settlement:
     """Charge the cost. plan: the one it was reserved under. created_ms: when, on the store's clock; less than 1 h ago
     the cost is charged even if the store has lost the reservation. Raises UnknownAccount, UnknownReservation."""
-    reply = await store.run(
-        "settle",
-        money_keys(account),
-        (
-            *(account, reservation, cost.payg_nano, cost.plan_nano, note, created_ms, key_id, model),
-            *(plan.name, plan.terms),
-        ),
-    )
-    return _settlement(reply, account, reservation, with_funds=True)
+    wording = store.wording(account, key_id, model, plan.name, plan.terms)
+    command = wording.settle(reservation, cost.payg_nano, cost.plan_nano, note, created_ms)
+    return read_settlement(await store.run_packed("settle", wording.key, command), account, reservation)
 
 
 async def release(
@@ -160,7 +161,7 @@ async def release(
 ) -> Settlement | None:
     """Give a hold back. None: expire came before the lease's end. Raises UnknownAccount, UnknownReservation."""
     reply = await store.run("release", money_keys(account), (account, reservation, verb))
-    return None if reply[0] == b"open" else _settlement(reply, account, reservation)
+    return None if reply[0] == b"open" else read_settlement(reply, account, reservation)
 
 
 async def refund(store: Store, account: str, operation: str, reservation: str, note: str) -> Settlement:
@@ -176,7 +177,7 @@ async def refund(store: Store, account: str, operation: str, reservation: str, n
             )
         case b"not_settled":
             raise Rejected(f"{reservation} is {reply[1].decode()}: only what was charged can be refunded")
-    return _settlement(reply, account, reservation)
+    return read_settlement(reply, account, reservation)
 
 
 def _check_known(outcome: bytes, account: str, reservation: str) -> None:
@@ -186,24 +187,23 @@ def _check_known(outcome: bytes, account: str, reservation: str) -> None:
         raise UnknownReservation(reservation)
 
 
-def _settlement(reply: list[Any], account: str, reservation: str, *, with_funds: bool = False) -> Settlement:
-    _check_known(reply[0], account, reservation)
-    state, _, from_allowance, from_balance, written_off, repeated, *funds = reply
-    return Settlement(
-        reservation_id=reservation,
-        state=state.decode(),
-        from_allowance_nano=from_allowance,
-        from_balance_nano=from_balance,
-        written_off_nano=written_off,
-        repeated=repeated == 1,
-        funds=_funds(funds) if with_funds else None,
-    )
+def read_settlement(reply: list[Any], account: str, reservation: str) -> Settlement:
+    """How a reservation ended, as ``settle``, ``release`` and ``refund`` answer; only the first tells the account's
+    funds. Raises UnknownAccount, UnknownReservation."""
+    state = reply[0]
+    if state == b"settled":
+        state = "settled"
+    else:
+        _check_known(state, account, reservation)
+        state = state.decode()
+    funds = _funds(reply, _ENDED_VALUES) if len(reply) > _ENDED_VALUES else None
+    return _tuple(Settlement, (reservation, state, reply[2], reply[3], reply[4], reply[5] == 1, funds))
 
 
 async def due(store: Store, shard: int, limit: int) -> tuple[int, list[tuple[str, str]]]:
     """How many due ids were looked at, and the (reservation, account) pairs whose lease has run out."""
     keys = shard_keys(shard)
-    looked_at, *pairs = await store.run("due", (keys.records, keys.due), (limit, _gateway_ms()))
+    looked_at, *pairs = await store.run("due", (keys.records, keys.due), (limit, gateway_ms()))
     texts = [text.decode() for text in pairs]
     return looked_at, list(zip(texts[::2], texts[1::2], strict=True))
 
@@ -214,14 +214,14 @@ async def create(store: Store, account: str, plan: Plan) -> Funds:
     reply = await store.run("create", (keys[0], keys[3]), (account, plan.name, plan.terms))
     if reply[0] == b"exists":
         raise Rejected(f"account {account!r} exists already, on plan {reply[1].decode()!r}")
-    return _funds(reply[1:])
+    return _funds(reply, 1)
 
 
 async def set_plan(store: Store, account: str, operation: str, version: int, plan: Plan) -> Funds:
     """Move an account to a plan. version 0: whatever comes next. Raises UnknownAccount, OperationConflict,
     Rejected for a version that is not newer, or while the clocks differ."""
     reply = await store.run(
-        "set_plan", money_keys(account), (account, operation, version, _gateway_ms(), plan.name, plan.terms)
+        "set_plan", money_keys(account), (account, operation, version, gateway_ms(), plan.name, plan.terms)
     )
     match reply[0]:
         case b"unknown_account":
@@ -232,7 +232,7 @@ async def set_plan(store: Store, account: str, operation: str, version: int, pla
             raise Rejected("the clocks of store and gateway differ by more than a minute; nothing was done")
         case b"stale":
             raise Rejected(f"version {version} is not newer than {reply[1]}, which was applied; nothing was done")
-    return _funds(reply[2:])
+    return _funds(reply, 2)
 
 
 async def credit(
@@ -266,4 +266,4 @@ async def show(store: Store, account: str, plan: Plan) -> Funds | str:
         case b"other_plan":
             name: str = reply[1].decode()
             return name
-    return _funds(reply[1:])
+    return _funds(reply, 1)

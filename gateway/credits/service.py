@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from gateway.credits import scripts
 from gateway.credits.ends import Ends
@@ -31,7 +31,6 @@ from gateway.domain.decision import Denied, Extended, Repeated, Reserved, Settle
 from gateway.domain.money import MAX_NANO
 from gateway.domain.plan import Plan
 from gateway.domain.price import FEMTO_PER_NANO, Cost, cost_of
-from gateway.domain.value import value
 from gateway.telemetry.metrics import Metrics
 
 __all__ = ["LEASE_MS", "CreditEngine", "Identity", "Refused", "RepeatKey", "Reservation", "Seen"]
@@ -123,34 +122,29 @@ class CreditEngine:
         request: 24 hex digits, unique per request; the same one again answers the same. repeat: the client's own
         idempotency key. Raises StoreUnavailable (nothing is held, or not for longer than the lease) and UnknownPlan.
         """
-        reservation = reservation_id(identity.account, request)
-        wanted = _Wanted(
-            model, amount_femto, minimum_femto, minimum_femto if alone_femto is None else alone_femto, grows
-        )
+        account = identity.account
+        reservation = reservation_id(account, request)
+        alone_femto = minimum_femto if alone_femto is None else alone_femto
+        repeat = repeat or scripts.NO_REPEAT
+        asked = _Asked(identity, reservation, model, amount_femto, minimum_femto, alone_femto, grows, lease_ms, repeat)
         try:
-            outcome = await self._reserve_once(identity, reservation, wanted, lease_ms, repeat)
+            outcome = await self._reserve_once(asked)
         except asyncio.CancelledError:  # the script may have run, or run yet, and nobody will settle it
-            self._ends.take_back(identity.account, reservation)
+            self._ends.take_back(account, reservation)
             raise
         except StoreUnavailable as error:
-            outcome = await self._reserve_again(error, identity, reservation, wanted, lease_ms, repeat)
-        if isinstance(outcome, NotReserved):
+            outcome = await self._reserve_again(error, asked)
+        if isinstance(outcome, Reservation):
+            self._live[reservation] = outcome
+            self._metrics.reserved(outcome.reserved.held_nano)
+        elif isinstance(outcome, NotReserved):
             if outcome.outcome == "skewed":
                 raise StoreUnavailable("the clocks of store and gateway differ by more than a minute")
             raise StoreUnavailable(f"reservation {reservation} cannot be made again ({outcome.outcome})")
-        if isinstance(outcome, Reservation):
-            self._live[outcome.id] = outcome
-            self._metrics.reserved(outcome.reserved.held_nano)
         return outcome
 
     async def _reserve_again(
-        self,
-        error: StoreUnavailable,
-        identity: Identity,
-        reservation: str,
-        wanted: "_Wanted",
-        lease_ms: int,
-        repeat: RepeatKey | None,
+        self, error: StoreUnavailable, asked: "_Asked"
     ) -> Reservation | Denied | Refused | Repeated | NotReserved:
         """Once more after a lost connection, if there is a new one soon; the id makes the repeat harmless. error: what
         came of the first time. Raises StoreUnavailable."""
@@ -159,38 +153,28 @@ class CreditEngine:
             if not await self._store.wait_connected(_REPLY_LOST_WAIT_S):
                 raise error
             try:
-                outcome = await self._reserve_once(identity, reservation, wanted, lease_ms, repeat)
+                outcome = await self._reserve_once(asked)
             except (asyncio.CancelledError, ReplyLost):
                 lost = True
                 raise
             return outcome
         finally:
             if lost and not isinstance(outcome, Reservation):
-                self._ends.take_back(identity.account, reservation)
+                self._ends.take_back(asked.identity.account, asked.reservation)
 
-    async def _reserve_once(
-        self, identity: Identity, reservation: str, wanted: "_Wanted", lease_ms: int, repeat: RepeatKey | None
-    ) -> Reservation | Denied | Refused | Repeated | NotReserved:
-        account = identity.account
+    async def _reserve_once(self, asked: "_Asked") -> Reservation | Denied | Refused | Repeated | NotReserved:
+        account, key_id = asked.identity.account, asked.identity.key_id
+        store, model, reservation, repeat = self._store, asked.model, asked.reservation, asked.repeat
+        minimum_nano, alone_nano = _payg_nano(asked.minimum_femto), _payg_nano(asked.alone_femto)
         plan = self._plan(self._plan_names.get(account, self._default_plan))
         while True:
-            alone_nano = _payg_nano(wanted.alone_femto)
-            outcome = await scripts.reserve(
-                self._store,
-                account,
-                reservation,
-                plan=plan,
-                amount=_within_range(cost_of(wanted.amount_femto, plan.rate_ppm)),
-                minimum_nano=_payg_nano(wanted.minimum_femto),
-                alone_nano=alone_nano,
-                lease_ms=lease_ms,
-                key_id=identity.key_id,
-                model=wanted.model,
-                repeat=repeat,
-                grows=wanted.grows,
-            )
+            wording = store.wording(account, key_id, model, plan.name, plan.terms)
+            amount = _within_range(cost_of(asked.amount_femto, plan.rate_ppm))
+            terms = scripts.asked(amount, minimum_nano, alone_nano, grows=asked.grows, key_hash=repeat.key_hash)
+            command = wording.reserve(reservation, terms, asked.lease_ms, scripts.gateway_ms(), repeat.body_hash)
+            outcome = scripts.read_reserved(await store.run_packed("reserve", wording.key, command), reservation)
             if isinstance(outcome, Reserved):
-                return Reservation(account, plan, wanted.model, identity.key_id, outcome.funds.now_ms, outcome)
+                return Reservation(account, plan, model, key_id, outcome.funds.now_ms, outcome)
             if isinstance(outcome, Repeated):
                 return outcome
             match outcome.outcome:
@@ -292,23 +276,23 @@ class CreditEngine:
         If the caller is cancelled, the settlement goes on in the background. If StoreError is raised, it is in the
         journal, and goes on too.
         """
-        cost = _within_range(cost_of(cost_femto, reservation.plan.rate_ppm))
-        plan = reservation.plan
-        entry = JournalEntry(
-            verb="settle",
-            account=reservation.account,
-            reservation=reservation.id,
-            cost_payg_nano=cost.payg_nano,
-            cost_plan_nano=cost.plan_nano,
-            note=note,
-            plan=plan.name,
-            rate_ppm=plan.rate_ppm,
-            payg=plan.payg,
-            created_ms=reservation.created_ms,
-            key_id=reservation.key_id,
-            model=reservation.model,
-        )
         self._live.pop(reservation.id, None)
+        plan = reservation.plan
+        cost = _within_range(cost_of(cost_femto, plan.rate_ppm))
+        entry = JournalEntry(
+            "settle",
+            reservation.account,
+            reservation.id,
+            cost.payg_nano,
+            cost.plan_nano,
+            note,
+            plan.name,
+            plan.rate_ppm,
+            plan.payg,
+            reservation.created_ms,
+            reservation.key_id,
+            reservation.model,
+        )
         settlement = await self._ends.say(entry)
         assert settlement is not None
         if left := reservation.reserved.held_nano - settlement.from_allowance_nano - settlement.from_balance_nano:
@@ -340,15 +324,18 @@ class CreditEngine:
             self._plan_names.popitem(last=False)
 
 
-@value(frozen=True, slots=True)
-class _Wanted:
-    """What a request would hold, at list prices."""
+class _Asked(NamedTuple):
+    """A request for credits, at list prices."""
 
+    identity: Identity
+    reservation: str
     model: str
     amount_femto: int
     minimum_femto: int
     alone_femto: int
     grows: bool
+    lease_ms: int
+    repeat: RepeatKey
 
 
 def _held_now(reservation: str, extended: Extended) -> Reserved:

@@ -13,7 +13,6 @@ from gateway.credits.topology import (
     RECONNECT_FIRST_S,
     RECONNECT_MOST_S,
     Changed,
-    Command,
     Node,
     Opener,
     Retries,
@@ -64,32 +63,30 @@ class SinglePrimary:
         if self._connection is not None:
             self._connection.close()
 
-    async def send(self, _key: str | None, command: Command) -> Reply:
-        """One command. Raises StoreUnavailable, StoreRefused."""
-        retries = None
-        while True:
-            connection = self._connection
-            if connection is None:
-                raise StoreUnavailable(_NO_CONNECTION)
-            try:
-                return await connection.send(*command)
-            except StoreRefused as refusal:
-                if code_of(refusal) not in DEMOTED:
-                    raise
-                retries = retries or Retries(self._timeout_s)
-                connection.close()  # another node is the primary now
-                await retries.pause(refusal)
-                await retries.within(self.connected.wait(), refusal)
-
     def primary_of(self, _key: str | None) -> Connection:
-        """The connection. Raises StoreUnavailable without one."""
-        return self.primaries()[0]
-
-    def primaries(self) -> list[Connection]:
         """The connection. Raises StoreUnavailable without one."""
         if self._connection is None:
             raise StoreUnavailable(_NO_CONNECTION)
-        return [self._connection]
+        return self._connection
+
+    def primaries(self) -> list[Connection]:
+        """The connection. Raises StoreUnavailable without one."""
+        return [self.primary_of(None)]
+
+    async def mend(self, way: Connection, refusal: StoreRefused, _key: str | None, command: bytes) -> Reply:
+        """Send a command again that no primary has refused. Raises StoreUnavailable, StoreRefused."""
+        retries = Retries(self._timeout_s)
+        while True:
+            if code_of(refusal) not in DEMOTED:
+                raise refusal
+            way.close()  # another node is the primary now
+            await retries.pause(refusal)
+            await retries.within(self.connected.wait(), refusal)
+            way = self.primary_of(None)
+            try:
+                return await way.write(command)
+            except StoreRefused as again:
+                refusal = again
 
     async def _connect(self) -> None:
         connection, node = await self._locator.open()

@@ -8,18 +8,20 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.resources import files
 from textwrap import indent
 from typing import Any
 
 from gateway.credits.addresses import read_url
 from gateway.credits.cluster import Cluster
-from gateway.credits.connection import Connection, Reply
+from gateway.credits.connection import Command, Connection, Reply, pack
 from gateway.credits.errors import StoreRefused, StoreUnsuitable
 from gateway.credits.keyspace import META, PREFIX, SHARDS, key_in, shard_keys
 from gateway.credits.sentinel import SentinelLocator
 from gateway.credits.single import FixedLocator, SinglePrimary
-from gateway.credits.topology import Changed, Command, Opener, Topology, code_of
+from gateway.credits.topology import Changed, Opener, Topology, code_of
+from gateway.credits.wording import Wording
 from gateway.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ _COMMENT = re.compile(r"--.*")
 _WORD = re.compile(r"\w+")
 _SETTINGS = ("maxmemory", "maxmemory-policy", "appendonly", "appendfsync")
 _SCAN_COUNT = 1000
+_MOST_WORDINGS = 10_000  # of 2 KB each
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,9 @@ class Store:
         self._seconds = {name: metrics.store_seconds(name) for name in self._scripts}
         texts = [script.text for script in self._scripts.values()]
         self._topology = _topology(url, timeout_ms, texts, self._failed_over)
+        self._primary_of = self._topology.primary_of
+        #: The wording of an account's calls with a key, for a model, on a plan: its name and terms.
+        self.wording: Callable[[str, str, str, str, str], Wording] = lru_cache(_MOST_WORDINGS)(self._wording)
 
     async def start(self) -> None:
         """Connect, check the settings of every primary, lay out the shards. Raises StoreError where that fails."""
@@ -131,12 +137,12 @@ class Store:
     async def call(self, *command: str | bytes | int) -> Reply:
         """One plain command: on the primary of the key in it, or without a key of ours (PING, TIME) on any.
         Raises StoreUnavailable or StoreRefused."""
-        return await self._topology.send(key_in(command), command)
+        return await self._send(key_in(command), pack(*command))
 
     async def call_all(self, commands: Sequence[Command]) -> list[Reply]:
         """Many plain commands, written together; their replies in order. 3 µs each, where a task for each ``call``
         takes 7. Raises StoreUnavailable or StoreRefused for the first that fails, when all have an answer."""
-        ways = [self._topology.primary_of(key_in(command)) for command in commands]
+        ways = [self._primary_of(key_in(command)) for command in commands]
         calls: list[asyncio.Future[Reply]] = []
         try:
             calls += (way.send(*command) for way, command in zip(ways, commands, strict=True))
@@ -152,17 +158,41 @@ class Store:
     async def run(self, name: str, keys: tuple[str, ...], args: tuple[str | int, ...]) -> list[Any]:
         """One script; its keys share a slot. What it returns: texts as bytes, numbers as int. Raises
         StoreUnavailable or StoreRefused."""
-        script = self._scripts[name]
+        return await self.run_packed(name, keys[0], pack("EVALSHA", self._scripts[name].sha, len(keys), *keys, *args))
+
+    async def run_packed(self, name: str, key: str, command: bytes) -> list[Any]:
+        """Like ``run``, of an EVALSHA that is packed already; key: the first of the script's keys."""
         started = time.perf_counter()
+        way = self._primary_of(key)
         try:
-            reply = await self._topology.send(keys[0], ("EVALSHA", script.sha, len(keys), *keys, *args))
+            reply = await way.write(command)
         except StoreRefused as refusal:
-            if code_of(refusal) != "NOSCRIPT":
-                raise
-            # Flushed: the script did not run, so it may be sent again.
-            reply = await self._topology.send(keys[0], ("EVAL", script.text, len(keys), *keys, *args))
+            reply = await self._run_again(way, refusal, name, key, command)
         self._seconds[name].observe(time.perf_counter() - started)
         return reply  # type: ignore[no-any-return]
+
+    async def _run_again(self, way: Connection, refusal: StoreRefused, name: str, key: str, command: bytes) -> Reply:
+        try:
+            if code_of(refusal) != "NOSCRIPT":
+                return await self._topology.mend(way, refusal, key, command)
+        except StoreRefused as again:
+            if code_of(again) != "NOSCRIPT":
+                raise
+        # Flushed: the script did not run, so it may be sent again, whole.
+        script = self._scripts[name]
+        by_sha, by_text = _packed_words("EVALSHA", script.sha), _packed_words("EVAL", script.text)
+        return await self._send(key, command.replace(by_sha, by_text, 1))
+
+    def _wording(self, account: str, key_id: str, model: str, plan: str, terms: str) -> Wording:
+        scripts = self._scripts
+        return Wording(scripts["reserve"].sha, scripts["settle"].sha, account, key_id, model, plan, terms)
+
+    async def _send(self, key: str | None, command: bytes) -> Reply:
+        way = self._primary_of(key)
+        try:
+            return await way.write(command)
+        except StoreRefused as refusal:
+            return await self._topology.mend(way, refusal, key, command)
 
     async def scan(self, pattern: str) -> list[str]:
         """The keys that match a glob pattern, on all primaries, each once, in no order. A key that moves to another
@@ -181,10 +211,10 @@ class Store:
         """Whether a replica has by now what was written to the key's primary from here: waits for half the timeout.
         True where the primary has no replica. Raises StoreUnavailable."""
         try:
-            told = await self._topology.send(key, ("INFO", "replication"))
+            told = await self._send(key, pack("INFO", "replication"))
             if b"connected_slaves:0\r" in told:
                 return True
-            return int(await self._topology.send(key, ("WAIT", 1, self._timeout_ms // 2))) > 0
+            return int(await self._send(key, pack("WAIT", 1, self._timeout_ms // 2))) > 0
         except StoreRefused:  # managed stores forbid INFO or WAIT, and see to replication themselves
             return True
 
@@ -257,6 +287,11 @@ def _topology(url: str, timeout_ms: int, script_texts: Sequence[str], changed: C
             return SinglePrimary(SentinelLocator(where, timeout_ms, opener), timeout_ms, changed)
         case "single":
             return SinglePrimary(FixedLocator(where.endpoint, opener), timeout_ms, changed)
+
+
+def _packed_words(*words: str) -> bytes:
+    """Some words of a packed command."""
+    return pack(*words).partition(b"\r\n")[2]
 
 
 async def _settings_of(connection: Connection) -> dict[str, str]:

@@ -11,7 +11,6 @@ from gateway.credits.connection import Connection, Reply, connect_to
 from gateway.credits.errors import StoreRefused, StoreUnavailable, StoreUnsuitable
 
 T = TypeVar("T")
-Command = Sequence[str | bytes | int]
 #: Called after calls go to another primary than before, which may not know the last writes of the one before.
 Changed = Callable[[], None]
 
@@ -44,16 +43,17 @@ class Topology(Protocol):
     async def close(self) -> None:
         """Give up all connections."""
 
-    async def send(self, key: str | None, command: Command) -> Reply:
-        """One command, to the primary of the key's slot, or to any without a key. Raises StoreUnavailable, at once
-        where there is no connection and after about twice the timeout at the latest, or StoreRefused."""
-
     def primary_of(self, key: str | None) -> Connection:
         """The connection to the primary of the key's slot as far as is known, or to any without a key. Raises
         StoreUnavailable if it is missing."""
 
     def primaries(self) -> list[Connection]:
         """A connection to every primary. Raises StoreUnavailable if one is missing."""
+
+    async def mend(self, way: Connection, refusal: StoreRefused, key: str | None, command: bytes) -> Reply:
+        """Send a command again that was refused on its way, where the refusal proves that it did not run. Raises
+        StoreUnavailable, at once where there is no connection and after about the timeout at the latest, or any other
+        refusal."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """What a request used, by everything that can have a price."""
 
 from dataclasses import fields
+from operator import attrgetter
 
 from gateway.domain.value import value
 
@@ -54,8 +55,9 @@ class Metered:
 
     def figures(self) -> dict[str, int]:
         """By kind, what is not zero; that it is one request goes without saying."""
-        counts = {name: count for name in _COUNTS if (count := getattr(self, name))}
+        counts = {name: count for name, count in zip(_COUNTS, _counts_of(self), strict=True) if count}
         return {**counts, "images": self.image_count} if self.images else counts
 
 
 _COUNTS = tuple(field.name for field in fields(Metered) if field.name not in ("images", "requests"))
+_counts_of = attrgetter(*_COUNTS)

@@ -96,12 +96,12 @@ class Bound:
 
     def output_tokens(self, output_tokens_each: int) -> int:
         """The output of all answers if each has output_tokens_each tokens, with the prompts that they repeat."""
-        return self.answers * (output_tokens_each + (self.input_tokens if self.echo else 0))
+        return self.answers * (output_tokens_each + self.input_tokens if self.echo else output_tokens_each)
 
     @property
     def most_output_tokens(self) -> int:
         """The most output of all answers."""
-        return self.output_tokens(self.output_tokens_each)
+        return self.output_tokens(self.output_tokens_each) if self.echo else self.answers * self.output_tokens_each
 
     def metered(self, output_tokens_each: int) -> Metered:
         """The use if every answer has output_tokens_each tokens."""
@@ -110,30 +110,27 @@ class Bound:
 
 def bound_of(ask: Ask, model: Model) -> Bound:
     """The most that ask can use of model."""
-    context = model.context_window * ask.prompts
-    if ask.input_bytes is None:
-        input_tokens = context
-    else:
-        input_tokens = min(context, ask.input_bytes + ask.template_bytes + model.template_tokens * ask.prompts)
-    answers = ask.completions * ask.prompts
-    units = _most_units(ask.units, model)
+    prompts, window = ask.prompts, model.context_window
+    input_tokens = window * prompts
+    if ask.input_bytes is not None:
+        input_tokens = min(input_tokens, ask.input_bytes + ask.template_bytes + model.template_tokens * prompts)
+    units = ask.units if ask.units is NO_UNITS else _most_units(ask.units, model)
+    answers = ask.completions * prompts
     if not answers:
         return Bound(input_tokens, 0, 0, units=units)
-    most = min(model.max_output_tokens, model.context_window)
-    if ask.max_tokens is not None:
-        most = min(most, ask.max_tokens)
-    else:
+    most, asked = min(model.max_output_tokens, window), ask.max_tokens
+    if asked is None:
         # Servers refuse a max_tokens that does not fit beside the prompt. The client named none, so what is put
         # in must fit: beside the bound where that is small, else beside three quarters of the context window.
-        beside = min(input_tokens // ask.prompts, model.context_window * 3 // 4)
-        most = max(1, min(most, model.context_window - beside))
+        beside = min(input_tokens // prompts, window * 3 // 4)
+        most = max(1, min(most, window - beside))
+    elif asked < most:
+        most = asked
     return Bound(input_tokens, answers, most, ask.echo, units, ask.indivisible)
 
 
 def _most_units(units: Metered, model: Model) -> Metered:
     """What is not tokens, as far as the model goes: of images the dearest that can be meant."""
-    if units is NO_UNITS:
-        return units
     images = tuple(
         Images(*model.prices.dearest_image(images.size, images.quality), images.count) for images in units.images
     )
@@ -146,18 +143,28 @@ def least_output(bound: Bound) -> int:
     return bound.output_tokens_each if bound.indivisible else min(bound.output_tokens_each, MIN_OUTPUT_TOKENS)
 
 
-def affordable_output(bound: Bound, model: Model, femto: int) -> int:
-    """The most output tokens per answer whose cost, with the input's, stays within femto; 0 if none does."""
-    rest = femto - worst_femto(bound, model, 0)
-    if rest < 0:
-        return 0
-    each = bound.answers * model.prices.dearest_femto(bound.input_tokens)[1]
-    return bound.output_tokens_each if not each else min(bound.output_tokens_each, rest // each)
+def worst_parts(bound: Bound, model: Model) -> tuple[int, int]:
+    """The dearest cost that the use can have, in femto-credits: of all but its answers (all input at the dearest input
+    price, what is not tokens, the prompts that answers repeat), and of one token more in each of its answers."""
+    prices, input_tokens = model.prices, bound.input_tokens
+    token = bound.answers * prices.dearest_femto(input_tokens)[1]
+    repeated = input_tokens * token if bound.echo else 0
+    return prices.most_of(input_tokens, 0, bound.units) + repeated, token
 
 
 def worst_femto(bound: Bound, model: Model, output_tokens_each: int) -> int:
-    """The dearest cost that the use can have, in femto-credits: all input at the dearest input price."""
-    return model.prices.most_of(bound.input_tokens, bound.output_tokens(output_tokens_each), bound.units)
+    """The dearest cost if no answer has more than output_tokens_each tokens, in femto-credits."""
+    fixed, token = worst_parts(bound, model)
+    return fixed + output_tokens_each * token
+
+
+def affordable_output(bound: Bound, model: Model, femto: int) -> int:
+    """The most output tokens per answer whose cost, with the input's, stays within femto; 0 if none does."""
+    fixed, token = worst_parts(bound, model)
+    if femto < fixed:
+        return 0
+    most = bound.output_tokens_each
+    return min(most, (femto - fixed) // token) if token else most
 
 
 def estimated_input(ask: Ask, bound: Bound) -> int:

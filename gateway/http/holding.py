@@ -16,7 +16,7 @@ from gateway.domain.metered import Metered
 from gateway.domain.model import Model
 from gateway.domain.plan import FULL_RATE_PPM, Plan
 from gateway.domain.price import FEMTO_PER_NANO
-from gateway.domain.request import least_output, worst_femto
+from gateway.domain.request import least_output, worst_parts
 from gateway.domain.value import value
 from gateway.http.exchange import Exchange
 from gateway.http.quote import Quote
@@ -67,21 +67,21 @@ def holding_of(quote: Quote, upstreams: Mapping[str, Upstream], forecast: Output
 
 def _holding_of(quote: Quote, upstreams: Mapping[str, Upstream], forecast: OutputForecast) -> Holding:
     bound, model = quote.bound, quote.model
-    least = worst_femto(bound, model, least_output(bound))
-    if not _follows(quote, upstreams[model.upstream]):
-        amount = worst_femto(bound, model, bound.output_tokens_each)
-        return Holding(amount, least, least, {model.name: None}, grows=False)
-    each = forecast.expected(model.name, bound.output_tokens_each)
+    fixed_femto, token_femto = worst_parts(bound, model)
+    most, least_femto = bound.output_tokens_each, fixed_femto + least_output(bound) * token_femto
+    if not (quote.ask.stream and _follows(quote, upstreams[model.upstream])):
+        return Holding(fixed_femto + most * token_femto, least_femto, least_femto, {model.name: None}, False)
+    each = forecast.expected(model.name, most)
     # While others stream, less than a whole slice would admit an answer only to cut it soon after.
-    amount = worst_femto(bound, model, each)
-    return Holding(amount, amount, least, {model.name: each}, grows=each < bound.output_tokens_each)
+    amount_femto = fixed_femto + each * token_femto
+    return Holding(amount_femto, amount_femto, least_femto, {model.name: each}, each < most)
 
 
 def _follows(quote: Quote, upstream: Upstream) -> bool:
-    """Whether what the answer shows while it comes tells what it costs."""
+    """Whether what a stream shows while it comes tells what it costs."""
     ask = quote.ask
     hides = ask.hides_output or quote.model.hidden_reasoning or upstream.count_output == "maximum"
-    return ask.stream and not hides and not ask.indivisible
+    return not hides and not ask.indivisible
 
 
 def payable_nano(funds: Funds, plan: Plan) -> int:

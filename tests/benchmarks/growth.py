@@ -72,7 +72,7 @@ async def measure(requests: int, accounts: int, connections: int, say: Say) -> S
     """Let a server of its own grow and shrink."""
     with tempfile.TemporaryDirectory(prefix="qg-growth-") as directory:
         clock = MovableClock(Path(directory) / "clock")
-        with valkey_server(clock=clock) as server, patch.object(scripts, "_gateway_ms", clock.now_ms):
+        with valkey_server(clock=clock) as server, patch.object(scripts, "gateway_ms", clock.now_ms):
             async with stores_at(server.url, connections) as stores:
                 return await _measure(server, clock, stores, (requests, accounts), Path(directory), say)
 

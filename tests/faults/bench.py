@@ -220,7 +220,7 @@ async def books_of(where: Place, plan: Plan = PREPAID) -> AsyncIterator[Books]:
     plans = {plan.name: plan}
     async with AsyncExitStack() as stack:
         if where.clock is not None:
-            stack.enter_context(patch.object(scripts, "_gateway_ms", where.clock.now_ms))
+            stack.enter_context(patch.object(scripts, "gateway_ms", where.clock.now_ms))
         store = Store(where.url, 10_000, Metrics(plans, [MODEL]))
         stack.push_async_callback(store.close)
         await store.start()

@@ -148,7 +148,7 @@ def ground(kind: str, directory: Path) -> Iterator[Ground]:
             return
         clock = MovableClock(directory / "clock")
         clock.set_to(NOON)
-        stack.enter_context(patch.object(scripts, "_gateway_ms", clock.now_ms))
+        stack.enter_context(patch.object(scripts, "gateway_ms", clock.now_ms))
         yield Ground(stack.enter_context(valkey_server(clock=clock)).url, clock)
 
 

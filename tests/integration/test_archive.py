@@ -23,12 +23,12 @@ from gateway.credits.archive import Archive, ArchiveError, Period
 from gateway.credits.archive_rows import ordinary_row, row_of
 from gateway.credits.archiver import Archiver, ForeignArchive, archiving
 from gateway.credits.auditor import Auditor
+from gateway.credits.connection import Command
 from gateway.credits.errors import StoreRefused, StoreUnavailable
 from gateway.credits.keyspace import account_key, shard_keys, shard_of
 from gateway.credits.ledger import Entry, parse_entry
 from gateway.credits.operator import Operator
 from gateway.credits.store import Store
-from gateway.credits.topology import Command
 from gateway.telemetry.metrics import Metrics
 from tests.benchmarks.growth import PLAN, PLANS, request_on
 from tests.conftest import START_MS, TimedServer

@@ -267,12 +267,12 @@ async def test_time_never_runs_backwards_for_an_account(
 async def test_a_gateway_whose_clock_differs_gets_no_refresh(
     engine: CreditEngine, acme: Identity, clock: MovableClock, monkeypatch: pytest.MonkeyPatch, skew_ms: int
 ) -> None:
-    monkeypatch.setattr(scripts, "_gateway_ms", lambda: clock.now_ms() + skew_ms)
+    monkeypatch.setattr(scripts, "gateway_ms", lambda: clock.now_ms() + skew_ms)
     await engine.void(await hold(engine, acme, 1))  # within the window nobody's clock matters
     clock.move(DAY_MS)
     with pytest.raises(StoreUnavailable, match="clocks of store and gateway differ"):
         await reserve(engine, acme, 1)
-    monkeypatch.setattr(scripts, "_gateway_ms", lambda: clock.now_ms() + 60_000)
+    monkeypatch.setattr(scripts, "gateway_ms", lambda: clock.now_ms() + 60_000)
     await engine.void(await hold(engine, acme, 1))
     await engine.close(5)
 

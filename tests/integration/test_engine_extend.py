@@ -199,7 +199,7 @@ async def test_while_the_clocks_differ_a_hold_grows_from_the_balance_but_opens_n
     await operator.credit(ACCOUNT, 50_000_000, "grant")
     held = await hold(engine, acme, 20_000_000)
     clock.move(DAY_MS)
-    monkeypatch.setattr(scripts, "_gateway_ms", lambda: clock.now_ms() + 60_001)
+    monkeypatch.setattr(scripts, "gateway_ms", lambda: clock.now_ms() + 60_001)
     assert figures(await extend(engine, held, 60_000_000)) == (60_000_000, 20_000_000, 40_000_000)
     assert figures(await extend(engine, held, 80_000_000)) == (70_000_000, 20_000_000, 50_000_000)
     assert [entry["kind"] for entry in await ledger(store)].count("refresh") == 1

@@ -338,10 +338,10 @@ async def test_a_store_whose_clock_has_jumped_ends_nobodys_lease(
 ) -> None:
     await hold(engine, acme, 1_000)
     clock.move(LEASE_MS)
-    monkeypatch.setattr(scripts, "_gateway_ms", lambda: clock.now_ms() + skew_ms)
+    monkeypatch.setattr(scripts, "gateway_ms", lambda: clock.now_ms() + skew_ms)
     assert await engine.expire_due(SHARD) == 0
     assert (await operator.funds(ACCOUNT)).held_nano == 1_000
-    monkeypatch.setattr(scripts, "_gateway_ms", lambda: clock.now_ms() + skew_ms // 2)
+    monkeypatch.setattr(scripts, "gateway_ms", lambda: clock.now_ms() + skew_ms // 2)
     assert await engine.expire_due(SHARD) == 1
 
 

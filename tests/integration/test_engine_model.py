@@ -306,7 +306,7 @@ class EngineMachine(RuleBasedStateMachine):
         }
         gateway_ms = self.clock.now_ms() + skew_ms
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(scripts, "_gateway_ms", lambda: gateway_ms)
+            patch.setattr(scripts, "gateway_ms", lambda: gateway_ms)
             self.both(
                 scripts.extend(self.store, made.account, made.id, **asked),
                 lambda: self.model.extend(made.account, made.id, **asked, gateway_ms=gateway_ms),
@@ -488,7 +488,7 @@ class EngineMachine(RuleBasedStateMachine):
             "grows": made.grows,
         }
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(scripts, "_gateway_ms", lambda: gateway_ms)
+            patch.setattr(scripts, "gateway_ms", lambda: gateway_ms)
             outcome = self.both(
                 scripts.reserve(self.store, made.account, made.id, **asked, model="model"),
                 lambda: self.model.reserve(made.account, made.id, **asked, gateway_ms=gateway_ms),

@@ -296,7 +296,7 @@ async def test_a_window_takes_over_what_was_held_in_it_and_what_that_one_had_tak
 async def test_no_refresh_is_made_by_a_plan_change_while_the_clocks_differ(
     operator: Operator, store: Store, acme: Identity, clock: MovableClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scripts, "_gateway_ms", lambda: clock.now_ms() - 60_001)
+    monkeypatch.setattr(scripts, "gateway_ms", lambda: clock.now_ms() - 60_001)
     await operator.set_plan(ACCOUNT, "daily")  # no refresh is due
     clock.freeze_at(NEXT_DAY_MS)
     before = await store.call("HGETALL", account_key(ACCOUNT))

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import pytest
@@ -45,7 +45,7 @@ class FakeEngine:
         if self.broken:
             raise StoreUnavailable("away")
         held = max(reservation.reserved.payg_nano, min(target_femto // FEMTO_PER_NANO, self.credits))
-        reservation.reserved = replace(reservation.reserved, payg_nano=held)
+        reservation.reserved = reservation.reserved._replace(payg_nano=held)
         return reservation
 
 
@@ -192,4 +192,4 @@ def test_all_credits_of_an_account_count_also_those_that_are_held() -> None:
     funds = Funds("p", balance_nano=30, balance_held_nano=20, now_ms=0, sequence=1, windows=windows)
     assert payable_nano(funds, Plan("p", rate_ppm=900_000)) == 450 * 10 // 9 + 30
     assert payable_nano(funds, Plan("p", payg=False)) == 450
-    assert payable_nano(replace(funds, windows=()), Plan("p")) == 30
+    assert payable_nano(funds._replace(windows=()), Plan("p")) == 30

@@ -20,10 +20,17 @@ def billed(usage: Usage, ask: Ask, bound: Bound, least_output_tokens: int = 0) -
     images; and of the output audio, images, reasoning."""
     input_tokens = min(max(usage.input_tokens, ask.least_input_tokens), bound.input_tokens)
     output_tokens = min(max(usage.output_tokens, least_output_tokens), bound.most_output_tokens)
-    of_input = (usage.cache_read_tokens, usage.cache_write_tokens, usage.audio_input_tokens, usage.image_input_tokens)
-    of_output = (usage.audio_output_tokens, usage.image_output_tokens, usage.reasoning_tokens)
-    read, written, heard, seen = _fitting(input_tokens, of_input)
-    spoken, drawn, reasoning = _fitting(output_tokens, of_output)
+    read, written, heard, seen = (
+        usage.cache_read_tokens,
+        usage.cache_write_tokens,
+        usage.audio_input_tokens,
+        usage.image_input_tokens,
+    )
+    spoken, drawn, reasoning = usage.audio_output_tokens, usage.image_output_tokens, usage.reasoning_tokens
+    if read + written + heard + seen > input_tokens:
+        read, written, heard, seen = _fitting(input_tokens, (read, written, heard, seen))
+    if spoken + drawn + reasoning > output_tokens:
+        spoken, drawn, reasoning = _fitting(output_tokens, (spoken, drawn, reasoning))
     units = bound.units
     return Metered(
         input_tokens,
@@ -44,8 +51,6 @@ def billed(usage: Usage, ask: Ask, bound: Bound, least_output_tokens: int = 0) -
 
 def _fitting(whole: int, parts: Sequence[int]) -> Sequence[int]:
     """Of each part what those before it leave of the whole."""
-    if sum(parts) <= whole:
-        return parts
     fitting = []
     for part in parts:
         fitting.append(min(part, whole))
@@ -76,11 +81,11 @@ class Answer:
 
     def metered(self, ask: Ask, bound: Bound) -> Metered:
         """The tokens to charge."""
-        if self.empty and not (self.usage and self.usage.owed_unseen(bound.answers)):
+        usage = self.usage
+        if not (self.content_bytes or self.signs or (usage and usage.owed_unseen(bound.answers))):
             return Metered()
-        if self.usage is None:
+        if usage is None:
             return billed_without_usage(ask, bound, max(-(-self.content_bytes // BYTES_PER_TOKEN), self.signs))
         # Some servers report one answer of several, and some count nothing of what they say.
-        doubtful = bound.answers > 1 or not self.usage.output_tokens
-        least = self.characters // MOST_CHARACTERS_PER_TOKEN if doubtful else 0
-        return billed(self.usage, ask, bound, least)
+        doubtful = bound.answers > 1 or not usage.output_tokens
+        return billed(usage, ask, bound, self.characters // MOST_CHARACTERS_PER_TOKEN if doubtful else 0)

@@ -10,41 +10,42 @@ it; with ``n`` > 1 those that have a chunk of their own are added up.
 from typing import Any
 
 from gateway.upstream.usage.billing import Answer
-from gateway.upstream.usage.figures import Usage, count, detail, either
+from gateway.upstream.usage.figures import Usage, count, details, either, part
 from gateway.upstream.usage.shown import answer_of, as_text, document_of
 
 # Fields of a choice that name the stop that matched (vLLM, SGLang): which one it was may be all that a client asks.
-_STOPS = ("stop_reason", "matched_stop")
-# Fields of a choice that tell of its tokens, whether they have a text or not.
-_TOKENS = ("logprobs", "token_ids")
-_SIGNS = frozenset({*_STOPS, *_TOKENS, "prompt_logprobs"})
-_DETAILS = frozenset({"prompt_tokens_details", "completion_tokens_details"})
+_NO_STOPS = (None, None)
 
 
 def read_usage(usage: object) -> Usage | None:
     """The ``usage`` object of completions; None where it is missing or makes no sense."""
     if not isinstance(usage, dict):
         return None
-    total = count(usage, "total_tokens")
-    given = either(usage, "prompt_tokens", total, count(usage, "completion_tokens"))
-    made = either(usage, "completion_tokens", total, given)
-    if given is None or made is None or not (given or made):
+    given, made = count(usage, "prompt_tokens"), count(usage, "completion_tokens")
+    if given is None or made is None:
+        total = count(usage, "total_tokens")
+        given = either(usage, "prompt_tokens", total, made)
+        made = either(usage, "completion_tokens", total, given)
+        if given is None or made is None:
+            return None
+    if not (given or made):
         return None
-    if _DETAILS.isdisjoint(usage):
+    inputs, outputs = details(usage, "prompt_tokens_details"), details(usage, "completion_tokens_details")
+    if not (inputs or outputs):
         return Usage(given, made)
-    reasoning = detail(usage, "completion_tokens_details", "reasoning_tokens")
-    if total == given + made + reasoning:
+    reasoning = part(outputs, "reasoning_tokens")
+    if reasoning and count(usage, "total_tokens") == given + made + reasoning:
         made += reasoning
     return Usage(
         given,
         made,
-        cache_read_tokens=detail(usage, "prompt_tokens_details", "cached_tokens"),
-        cache_write_tokens=detail(usage, "prompt_tokens_details", "cache_write_tokens"),
+        cache_read_tokens=part(inputs, "cached_tokens"),
+        cache_write_tokens=part(inputs, "cache_write_tokens"),
         reasoning_tokens=reasoning,
-        audio_input_tokens=detail(usage, "prompt_tokens_details", "audio_tokens"),
-        audio_output_tokens=detail(usage, "completion_tokens_details", "audio_tokens"),
-        image_input_tokens=detail(usage, "prompt_tokens_details", "image_tokens"),
-        image_output_tokens=detail(usage, "completion_tokens_details", "image_tokens"),
+        audio_input_tokens=part(inputs, "audio_tokens"),
+        audio_output_tokens=part(outputs, "audio_tokens"),
+        image_input_tokens=part(inputs, "image_tokens"),
+        image_output_tokens=part(outputs, "image_tokens"),
     )
 
 
@@ -54,12 +55,12 @@ def read_choices(body: bytes) -> Answer | None:
     if document is None:
         return None
     found = document.get("choices")
-    choices = [choice for choice in found if isinstance(choice, dict)] if isinstance(found, list) else []
-    return answer_of(
-        [text for choice in choices for text in _texts_of(choice)],
-        read_usage(document.get("usage")),
-        sum(_signs_in(said) for said in (document, *choices)),
-    )
+    texts, signs = [], _signs_in(document)
+    for choice in found if isinstance(found, list) else ():
+        if isinstance(choice, dict):
+            texts += _texts_of(choice)
+            signs += _signs_in(choice)
+    return answer_of(texts, read_usage(document.get("usage")), signs)
 
 
 def _texts_of(choice: dict[str, Any]) -> list[str]:
@@ -68,18 +69,21 @@ def _texts_of(choice: dict[str, Any]) -> list[str]:
     if not isinstance(message, dict):
         return [text] if isinstance(text := choice.get("text"), str) and text else []
     # Some servers send reasoning under both of its names.
-    twice = "reasoning_content" if message.get("reasoning") else ""
-    return [as_text(part) for name, part in message.items() if part and name not in ("role", twice)]
+    unread = ("role", "reasoning_content") if message.get("reasoning") else ("role",)
+    return [
+        said if type(said) is str else as_text(said) for name, said in message.items() if said and name not in unread
+    ]
 
 
 def _signs_in(said: dict[str, Any]) -> int:
     """Of how many tokens an answer or a choice tells otherwise than by its text."""
-    if _SIGNS.isdisjoint(said):
+    logprobs, ids, of_prompt = said.get("logprobs"), said.get("token_ids"), said.get("prompt_logprobs")
+    stops = said.get("stop_reason"), said.get("matched_stop")
+    if not (logprobs or ids or of_prompt) and stops == _NO_STOPS:  # as in nearly all, some of them null
         return 0
-    stops = any(type(stop := said.get(name)) is int or (isinstance(stop, str) and stop) for name in _STOPS)
     # Those of the prompt are no output, but something to pay for.
-    least = int(stops or bool(said.get("prompt_logprobs")))
-    return max(least, *(_length_of(said.get(name)) for name in _TOKENS))
+    least = int(bool(of_prompt) or any(type(stop) is int or (isinstance(stop, str) and stop) for stop in stops))
+    return max(least, _length_of(logprobs), _length_of(ids))
 
 
 def _length_of(tokens: object) -> int:

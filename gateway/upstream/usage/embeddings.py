@@ -7,7 +7,7 @@ left out. What a server reports as output is charged to nobody: the endpoint sel
 from typing import Any
 
 from gateway.upstream.usage.billing import Answer
-from gateway.upstream.usage.figures import Usage, count, detail
+from gateway.upstream.usage.figures import Usage, count, details, part
 from gateway.upstream.usage.shown import answer_of, document_of, shows_else
 
 
@@ -18,12 +18,13 @@ def read_embeddings_usage(usage: object) -> Usage | None:
     given = count(usage, "total_tokens" if usage.get("prompt_tokens") is None else "prompt_tokens")
     if not given:
         return None
+    inputs = details(usage, "prompt_tokens_details")
     return Usage(
         given,
         0,
-        cache_read_tokens=detail(usage, "prompt_tokens_details", "cached_tokens"),
-        audio_input_tokens=detail(usage, "prompt_tokens_details", "audio_tokens"),
-        image_input_tokens=detail(usage, "prompt_tokens_details", "image_tokens"),
+        cache_read_tokens=part(inputs, "cached_tokens"),
+        audio_input_tokens=part(inputs, "audio_tokens"),
+        image_input_tokens=part(inputs, "image_tokens"),
     )
 
 

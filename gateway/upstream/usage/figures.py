@@ -12,6 +12,7 @@ from gateway.domain.value import value
 
 #: The most that a figure is read as: beyond any bound, and small enough to be written down anywhere.
 MOST_TOKENS = 2**63 - 1
+_NONE: Mapping[str, Any] = {}
 
 
 @value(frozen=True, slots=True)
@@ -61,13 +62,20 @@ def count(usage: Mapping[str, Any], name: str) -> int | None:
     value = usage.get(name)
     if type(value) is float and value.is_integer():
         value = int(value)
-    return min(value, MOST_TOKENS) if type(value) is int and value >= 0 else None
+    if type(value) is not int or value < 0:
+        return None
+    return value if value <= MOST_TOKENS else MOST_TOKENS
 
 
-def detail(usage: Mapping[str, Any], group: str, name: str) -> int:
-    """A figure among the details of another; 0 where it is missing or makes no sense."""
-    details = usage.get(group)
-    return (count(details, name) or 0) if isinstance(details, dict) else 0
+def details(usage: Mapping[str, Any], group: str) -> Mapping[str, Any]:
+    """The figures that another is made of; empty where there are none."""
+    parts = usage.get(group)
+    return parts if isinstance(parts, dict) else _NONE
+
+
+def part(details: Mapping[str, Any], name: str) -> int:
+    """A figure among them; 0 where it is missing or makes no sense."""
+    return (count(details, name) or 0) if details.get(name) else 0
 
 
 def either(usage: Mapping[str, Any], name: str, total: int | None, other: int | None) -> int | None:

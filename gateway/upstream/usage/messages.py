@@ -10,7 +10,7 @@ and again at the end: the larger one counts, because some servers end with a 0. 
 import orjson
 
 from gateway.upstream.usage.billing import Answer
-from gateway.upstream.usage.figures import Usage, count, detail
+from gateway.upstream.usage.figures import Usage, count, details, part
 from gateway.upstream.usage.shown import answer_of, as_text
 
 #: What is charged for in the usage of a message.
@@ -34,7 +34,7 @@ def read_message_usage(usage: object) -> Usage | None:
     written = count(usage, "cache_creation_input_tokens") or 0
     if not (fresh or read or written or made):
         return None
-    reasoning = detail(usage, "output_tokens_details", "thinking_tokens")
+    reasoning = part(details(usage, "output_tokens_details"), "thinking_tokens")
     return Usage(fresh + read + written, made, read, written, reasoning)
 
 

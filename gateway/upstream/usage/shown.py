@@ -1,6 +1,6 @@
 """What there is to read in a whole answer."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import orjson
@@ -21,10 +21,13 @@ def document_of(body: bytes) -> dict[str, Any] | None:
     return document if isinstance(document, dict) and not document.get("error") else None
 
 
-def answer_of(texts: Collection[str], usage: Usage | None, signs: int = 0) -> Answer:
+def answer_of(texts: Iterable[str], usage: Usage | None, signs: int = 0) -> Answer:
     """An answer that says these texts. signs: tokens of which something else tells."""
-    size = sum(len(text.encode(errors="replace")) for text in texts)
-    return Answer(usage, size, sum(map(len, texts)), signs=signs)
+    size = characters = 0
+    for text in texts:
+        characters += len(text)
+        size += len(text) if text.isascii() else len(text.encode(errors="replace"))
+    return Answer(usage, size, characters, signs=signs) if signs else Answer(usage, size, characters)
 
 
 def as_text(part: object) -> str:
