@@ -1,9 +1,8 @@
 """One connection to a store node: commands of the same moment are written together, replies come in order.
 
 A command per round trip through a general client costs about 110 µs of Python; written together it is a tenth
-of that, and the server's syscalls are shared as well. It is the event loop (uvloop) that writes once per turn what its
-transports were given meanwhile; an outbox of our own beside that costs as much where there are many commands, and 5,000
-instructions more for one alone.
+of that, and the server's syscalls are shared as well. The event loop's transports write at once, a system call for each
+command (20 µs on a loopback): so what is written in one turn of the loop is gathered here.
 """
 
 import asyncio
@@ -39,6 +38,7 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._timeout_s = timeout_ms / 1000
         self._reader = hiredis.Reader(replyError=StoreRefused)
+        self._outbox: list[bytes] = []
         self._pending: deque[tuple[asyncio.Future[Reply], float]] = deque()
         self._transport: asyncio.Transport  # there is one before anybody has the connection
         self._watchdog: asyncio.TimerHandle | None = None
@@ -67,10 +67,17 @@ class Connection(asyncio.Protocol):
         loop = self._loop
         future: asyncio.Future[Reply] = asyncio.Future(loop=loop)  # half the work of uvloop's own create_future
         pending.append((future, loop.time() + self._timeout_s))
-        self._transport.write(command)
+        if not self._outbox:
+            loop.call_soon(self._flush)
+        self._outbox.append(command)
         if self._watchdog is None:
             self._watchdog = loop.call_later(self._timeout_s, self._check_oldest)
         return future
+
+    def _flush(self) -> None:
+        if not self._lost:
+            self._transport.write(b"".join(self._outbox))
+        self._outbox.clear()
 
     def write_asking(self, command: bytes) -> "asyncio.Future[Reply]":
         """Like ``write``, for a slot that the node does not own yet but takes in. ASKING holds for the next command
