@@ -47,5 +47,7 @@ class Completions(Api):
             # The API's own default of 16 is not every server's: the limit is always sent.
             max_tokens=whole(body, "max_tokens", 1) or 16,
             echo=boolean(body, "echo"),
-            **streamed,
+            stream=streamed.stream,
+            wants_usage=streamed.wants_usage,
+            wants_running_usage=streamed.wants_running_usage,
         )

@@ -34,9 +34,11 @@ def whole(body: dict[str, Any], name: str, least: int, most: int = 10**9) -> int
 def boolean(body: dict[str, Any], name: str, param: str | None = None) -> bool:
     """True or false, which is also what a missing field is."""
     value = body.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise InvalidRequest(f"{param or name!r} must be true or false", param or name)
-    return bool(value)
+    if value is None:
+        return False
+    if value is True or value is False:
+        return value
+    raise InvalidRequest(f"{param or name!r} must be true or false", param or name)
 
 
 def items(body: dict[str, Any], name: str) -> list[Any]:

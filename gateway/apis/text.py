@@ -1,7 +1,7 @@
 """What endpoints with text and sampled answers have in common."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, TypedDict
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -29,24 +29,28 @@ LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")
 SET_FIELDS = ("stream_options", *LIMIT_FIELDS)
 
 
-class Streamed(TypedDict):
+class Streamed(NamedTuple):
     """The fields of Ask that concern streams."""
 
     stream: bool
-    wants_usage: bool
-    wants_running_usage: bool
+    wants_usage: bool = False
+    wants_running_usage: bool = False
+
+
+_PLAIN = Streamed(stream=False), Streamed(stream=True)
 
 
 def read_stream(body: dict[str, Any]) -> Streamed:
     """Whether the answer is streamed, and what of its usage is shown."""
-    options = mapping(body, "stream_options")
+    streamed = boolean(body, "stream")
+    options = mapping(body, "stream_options") if "stream_options" in body else None
     if not options:
-        return {"stream": boolean(body, "stream"), "wants_usage": False, "wants_running_usage": False}
-    return {
-        "stream": boolean(body, "stream"),
-        "wants_usage": boolean(options, "include_usage", "stream_options.include_usage"),
-        "wants_running_usage": boolean(options, "continuous_usage_stats", "stream_options.continuous_usage_stats"),
-    }
+        return _PLAIN[streamed]
+    return Streamed(
+        streamed,
+        wants_usage=boolean(options, "include_usage", "stream_options.include_usage"),
+        wants_running_usage=boolean(options, "continuous_usage_stats", "stream_options.continuous_usage_stats"),
+    )
 
 
 def limited(ask: Ask, bound: Bound, taken: Mapping[str, Any], upstream: Upstream) -> dict[str, object]:

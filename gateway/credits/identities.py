@@ -4,13 +4,14 @@ import time
 from collections import OrderedDict
 from typing import Literal
 
-from gateway.credits.api_keys import KeyDigest, digest_of
+from gateway.credits.api_keys import KeyDigest, digest_of, hex_of
 from gateway.credits.keyspace import shard_keys
 from gateway.credits.store import Store
 from gateway.domain.value import value
 
 _TTL_S = 60.0  # a revoked key is refused at once by the reservation itself; this bounds the free endpoints
 _MOST = 10_000
+_NOBODY = None, 0.0
 
 
 @value(frozen=True, slots=True)
@@ -29,13 +30,15 @@ class Identities:
         self._store = store
         self._known: OrderedDict[str, tuple[Identity, float]] = OrderedDict()
 
-    async def of(self, secret: str) -> Identity | None:
-        """Whose secret this is. Raises StoreUnavailable."""
+    def known(self, secret: str) -> Identity | None:
+        """Whose secret this is, if that was asked lately."""
+        identity, until = self._known.get(hex_of(secret), _NOBODY)
+        return identity if until > time.monotonic() else None
+
+    async def look_up(self, secret: str) -> Identity | None:
+        """Whose secret this is, by the store. Raises StoreUnavailable."""
         digest = digest_of(secret)
-        known = self._known.get(digest.hex)
-        if known and known[1] > time.monotonic():
-            return known[0]
-        identity = await self._look_up(digest)
+        identity = await self._stored(digest)
         if identity is not None:
             self._known[digest.hex] = (identity, time.monotonic() + _TTL_S)
             if len(self._known) > _MOST:
@@ -46,7 +49,7 @@ class Identities:
         """Ask the store again from now on."""
         self._known.clear()
 
-    async def _look_up(self, digest: KeyDigest) -> Identity | None:
+    async def _stored(self, digest: KeyDigest) -> Identity | None:
         entry = await self._store.call("HGET", shard_keys(digest.shard).api_keys, digest.id)
         if entry is None:
             return None

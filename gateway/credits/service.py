@@ -98,9 +98,13 @@ class CreditEngine:
 
     # --- requests -----------------------------------------------------------------------------------------------
 
+    def known(self, secret: str) -> Identity | None:
+        """Whose secret this is, if that was asked lately."""
+        return self._identities.known(secret)
+
     async def authenticate(self, secret: str) -> Identity | None:
         """Whose secret this is. Raises StoreUnavailable."""
-        return await self._identities.of(secret)
+        return self._identities.known(secret) or await self._identities.look_up(secret)
 
     async def reserve(
         self,

@@ -55,8 +55,11 @@ class Metered:
 
     def figures(self) -> dict[str, int]:
         """By kind, what is not zero; that it is one request goes without saying."""
-        counts = {name: count for name, count in zip(_COUNTS, _counts_of(self), strict=True) if count}
-        return {**counts, "images": self.image_count} if self.images else counts
+        given, made, *others = counts = _counts_of(self)
+        if given and made and not any(others) and not self.images:  # as most requests: a third of the work
+            return {"input": given, "output": made}
+        figures = {name: count for name, count in zip(_COUNTS, counts, strict=True) if count}
+        return {**figures, "images": self.image_count} if self.images else figures
 
 
 _COUNTS = tuple(field.name for field in fields(Metered) if field.name not in ("images", "requests"))

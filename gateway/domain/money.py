@@ -39,8 +39,8 @@ def parse_credits(text: str) -> int:
 @lru_cache(maxsize=4096)  # the same amounts stand in headers and log, in this request and the next ones
 def format_credits(nano: int) -> str:
     """The exact decimal of an amount in nano-credits, without exponent and without trailing zeros."""
-    sign = "-" if nano < 0 else ""
-    whole, fraction = divmod(abs(nano), NANO_PER_CREDIT)
-    if not fraction:
-        return f"{sign}{whole}"
-    return f"{sign}{whole}.{fraction:09d}".rstrip("0")
+    if nano < 0:
+        return f"-{format_credits(-nano)}"
+    digits = str(nano).zfill(10)  # cut as text: to divide and to pad the rest takes twice as long
+    fraction = digits[-9:].rstrip("0")
+    return f"{digits[:-9]}.{fraction}" if fraction else digits[:-9]

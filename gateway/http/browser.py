@@ -13,6 +13,8 @@ _BASES = ("", "/v1", "/api", "/api/v1")
 
 def greeting(request: web.BaseRequest) -> web.Response | None:
     """The answer to who only asks whether it may send a request, or whether anybody is there."""
+    if request.method == "POST":
+        return None
     if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
         return _preflight(request)
     if request.path.rstrip("/") in _BASES and request.method in ("GET", "HEAD"):

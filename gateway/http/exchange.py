@@ -90,13 +90,17 @@ def credit_headers(exchange: Exchange) -> dict[str, str]:
     reservation, settlement = exchange.reservation, exchange.settlement
     assert reservation is not None
     reserved = reservation.reserved
-    funds = reserved.funds
-    headers = request_headers(exchange)
-    headers["x-credits-reserved"] = format_credits(reserved.held_nano)
-    headers["x-credits-source"] = reserved.source
+    funds, number = reserved.funds, exchange.id
+    headers = {
+        "x-request-id": number,
+        "request-id": number,
+        "x-credits-reserved": format_credits(reserved.held_nano),
+        "x-credits-source": reserved.source,
+    }
     if settlement is not None:
-        headers["x-credits-cost"] = format_credits(settlement.cost_nano)
-        if settlement.cost_nano:
+        cost_nano = settlement.cost_nano
+        headers["x-credits-cost"] = format_credits(cost_nano)
+        if cost_nano:
             headers["x-credits-source"] = settlement.source
         funds = settlement.funds or funds
     if exchange.answering is not None and exchange.answering.name != exchange.model_name:

@@ -181,7 +181,7 @@ class Forwarding:
             log.warning("%s: the upstream's answer is of no use", exchange.id)
             return self._reports.fail(exchange, errors.upstream_unavailable())
         self._reports.watch_overrun(exchange, quote, read.usage)
-        await self._settling.charge(exchange, quote.model, quote.bound, read.metered(quote.ask, quote.bound))
+        await self._settling.charge(exchange, quote.model, quote.most_femto, read.metered(quote.ask, quote.bound))
         headers = credit_headers(exchange)
         headers["Content-Type"] = answer.content_type_header
         return WholeAnswer(200, headers, body)
@@ -226,10 +226,12 @@ def _within_hold(exchange: Exchange, quote: Quote, reservation: Reservation) -> 
     payable = reservation.reserved.payg_nano
     if exchange.slices.get(quote.model.name) is not None:  # the hold will grow, as far as there are credits
         payable = max(payable, payable_nano(reservation.reserved.funds, reservation.plan))
-    affordable = affordable_output(quote.bound, quote.model, payable * FEMTO_PER_NANO)
-    if affordable < quote.bound.output_tokens_each or affordable < (quote.ask.max_tokens or 0):
+    affordable = most = quote.bound.output_tokens_each
+    if payable * FEMTO_PER_NANO < quote.most_femto:
+        affordable = affordable_output(quote.bound, quote.model, payable * FEMTO_PER_NANO)
+    if affordable < most or affordable < (quote.ask.max_tokens or 0):
         exchange.max_tokens = affordable
-    if affordable == quote.bound.output_tokens_each:
+    if affordable == most:
         return quote
     return replace(quote, bound=replace(quote.bound, output_tokens_each=affordable))
 

@@ -16,7 +16,7 @@ from gateway.domain.metered import Metered
 from gateway.domain.model import Model
 from gateway.domain.plan import FULL_RATE_PPM, Plan
 from gateway.domain.price import FEMTO_PER_NANO
-from gateway.domain.request import least_output, worst_parts
+from gateway.domain.request import least_output
 from gateway.domain.value import value
 from gateway.http.exchange import Exchange
 from gateway.http.quote import Quote
@@ -67,7 +67,7 @@ def holding_of(quote: Quote, upstreams: Mapping[str, Upstream], forecast: Output
 
 def _holding_of(quote: Quote, upstreams: Mapping[str, Upstream], forecast: OutputForecast) -> Holding:
     bound, model = quote.bound, quote.model
-    fixed_femto, token_femto = worst_parts(bound, model)
+    fixed_femto, token_femto = quote.worst
     most, least_femto = bound.output_tokens_each, fixed_femto + least_output(bound) * token_femto
     if not (quote.ask.stream and _follows(quote, upstreams[model.upstream])):
         return Holding(fixed_femto + most * token_femto, least_femto, least_femto, {model.name: None}, False)

@@ -92,7 +92,7 @@ class Passing:
 
     async def charge(self, exchange: Exchange, quote: Quote) -> None:
         """Charge what the request costs, whatever came of it. Raises only what cancels."""
-        await self._settling.charge(exchange, quote.model, quote.bound, _metered(quote))
+        await self._settling.charge(exchange, quote.model, quote.most_femto, _metered(quote))
 
     async def _break_off(
         self, exchange: Exchange, request: web.BaseRequest, quote: Quote, error: UpstreamError

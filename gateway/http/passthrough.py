@@ -9,9 +9,8 @@ from gateway.apis.free import FREE_APIS
 from gateway.apis.registry import APIS
 from gateway.apis.unread import Unread
 from gateway.config.model import GatewayConfig, Passthrough
-from gateway.domain.request import bound_of
 from gateway.http.exchange import Exchange
-from gateway.http.quote import Quote
+from gateway.http.quote import Quote, quote_of
 from gateway.upstream.client import Upload, UpstreamAnswer
 
 _UNREAD = Unread()
@@ -39,7 +38,7 @@ def priced_path(config: GatewayConfig, path: str, raw_path: str) -> Passthrough 
 def unread_quote(rule: Passthrough) -> Quote:
     """The price of a request, whatever is in it."""
     ask = _UNREAD.ask(rule.pattern)
-    return Quote(_UNREAD, ask, rule.price, bound_of(ask, rule.price), {}, b"")
+    return quote_of(_UNREAD, ask, rule.price, {}, b"")
 
 
 class UnreadBody:

@@ -34,7 +34,16 @@ from gateway.http.multipart import UploadRoom, read_form
 from gateway.http.openapi import PATH as DESCRIPTION_PATH
 from gateway.http.openapi import Description
 from gateway.http.passthrough import UnreadBody, priced_path, target_of, unread_quote
-from gateway.http.quote import Quote, invite, read_body, read_form_quote, read_free, read_quote, repeat_key
+from gateway.http.quote import (
+    Quote,
+    body_at_hand,
+    invite,
+    read_body,
+    read_form_quote,
+    read_free,
+    read_quote,
+    repeat_key,
+)
 from gateway.http.realtime import Realtime
 from gateway.http.relay import StreamRelay
 from gateway.http.reports import Reports
@@ -46,6 +55,7 @@ from gateway.upstream.client import UpstreamClient, UpstreamError
 log = logging.getLogger(__name__)
 
 _PREFIXES = ("/v1/", "/api/v1/")
+_METERED = {prefix.rstrip("/") + path: api for prefix in _PREFIXES for path, api in APIS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +105,8 @@ class Proxy:
         self._active.add(task)
         try:
             response = await self._answer(exchange, request)
-            let_page_read(exchange, response)
+            if exchange.from_page:
+                let_page_read(exchange, response)
             if self._draining and not response.prepared:
                 response.force_close()  # the client's next request is for another gateway
             return response
@@ -133,6 +144,16 @@ class Proxy:
             end.cancel()
 
     async def _route(self, exchange: Exchange, request: web.BaseRequest) -> web.StreamResponse:
+        api = _METERED.get(request.path)
+        if api is not None and request.method == "POST":  # as nearly all are: nothing else is looked at
+            exchange.dialect = api.dialect
+            identity = await self._authenticate(exchange, request)
+            if identity is None:
+                return self._reports.fail(exchange, errors.bad_key())
+            return await self._meter(api, exchange, request, identity)
+        return await self._route_others(exchange, request)
+
+    async def _route_others(self, exchange: Exchange, request: web.BaseRequest) -> web.StreamResponse:
         path = _below_prefix(request.path)
         if path == "/realtime":
             return await self._talk(exchange, request)
@@ -152,7 +173,7 @@ class Proxy:
 
     def _endpoint(self, exchange: Exchange, request: web.BaseRequest, path: str) -> "_Endpoint | None":
         """What answers a path below ``/v1``."""
-        if api := APIS.get(path):
+        if api := APIS.get(path):  # by another method: it is told which
             return _Endpoint(("POST",), partial(self._meter, api), api.dialect)
         if free := FREE_APIS.get(path):
             return _Endpoint(("POST",), partial(self._pass_free, free), free.dialect)
@@ -189,7 +210,8 @@ class Proxy:
             if form is not None:
                 with closing(form):
                     return await self._serve_quoted(exchange, request, identity, self._quote(exchange, api, form))
-        raw = await read_body(request, exchange.config.limits.body_bytes)
+        most_bytes = exchange.config.limits.body_bytes
+        raw = body_at_hand(request, most_bytes) or await read_body(request, most_bytes)
         quote = raw if isinstance(raw, Failure) else self._quote(exchange, api, raw)
         return await self._serve_quoted(exchange, request, identity, quote)
 
@@ -208,7 +230,8 @@ class Proxy:
         try:
             return await self._forwarding.metered(exchange, request, quote, reservation)
         finally:
-            await self._end(exchange, reservation)
+            if not exchange.ended:
+                await self._engine.void(reservation)
 
     async def _pass_unread(
         self, rule: Passthrough, exchange: Exchange, request: web.BaseRequest, identity: Identity
@@ -229,19 +252,16 @@ class Proxy:
             broken = errors.body_too_large(most_bytes) if body.too_large else errors.broken_body("it broke off")
             return self._reports.fail(exchange, broken)
         finally:
-            await self._end(exchange, reservation)
-
-    async def _end(self, exchange: Exchange, reservation: Reservation) -> None:
-        """Whatever has happened, the reservation has ended then."""
-        if not exchange.ended:
-            await self._engine.void(reservation)
+            if not exchange.ended:
+                await self._engine.void(reservation)
 
     # --- authenticate -------------------------------------------------------------------------------------------
 
     async def _authenticate(self, exchange: Exchange, request: web.BaseRequest) -> Identity | None:
         started = time.perf_counter()
         secret = _secret_of(request.headers)
-        exchange.identity = await self._engine.authenticate(secret) if secret else None
+        if secret:
+            exchange.identity = self._engine.known(secret) or await self._engine.authenticate(secret)
         self._reports.spent(exchange, "authenticate", started)
         return exchange.identity
 

@@ -18,7 +18,7 @@ from gateway.apis.free import FreeApi
 from gateway.config.model import GatewayConfig, Upstream
 from gateway.credits.service import RepeatKey
 from gateway.domain.model import Model
-from gateway.domain.request import Ask, Bound, InvalidRequest, bound_of
+from gateway.domain.request import Ask, Bound, InvalidRequest, bound_of, worst_parts
 from gateway.domain.value import value
 from gateway.http import errors
 from gateway.http.errors import Failure
@@ -35,19 +35,27 @@ _HASH_DIGITS = 24
 
 @value(frozen=True, slots=True)
 class Quote:
-    """A request that may be reserved for: what it asks, of which model, and its bound. body: what will be forwarded,
-    but for the fields that the gateway writes anew, which come before it; taken: what the client wrote in them. form:
-    what came instead of JSON. alternatives: the same of other models, which answer where this one's upstream fails.
+    """A request that may be reserved for: what it asks, of which model, and its bound. worst: what that can cost, as
+    ``worst_parts`` tells. body: what will be forwarded, but for the fields that the gateway writes anew, which come
+    before it; taken: what the client wrote in them. form: what came instead of JSON. alternatives: the same of other
+    models, which answer where this one's upstream fails.
     """
 
     api: Api
     ask: Ask
     model: Model
     bound: Bound
+    worst: tuple[int, int]
     taken: Mapping[str, Any]
     body: bytes
     form: Form | None = None
     alternatives: tuple["Quote", ...] = ()
+
+    @property
+    def most_femto(self) -> int:
+        """The most that it can cost, in femto-credits at list price."""
+        fixed, token = self.worst
+        return fixed + self.bound.output_tokens_each * token
 
 
 async def invite(request: web.BaseRequest, most_bytes: int) -> Failure | None:
@@ -63,18 +71,23 @@ async def invite(request: web.BaseRequest, most_bytes: int) -> Failure | None:
     return None
 
 
+def body_at_hand(request: web.BaseRequest, most_bytes: int) -> bytes | Failure | None:
+    """What ``read_body`` gives, where the body has come already and is not packed, as most are; else None."""
+    content = request.content
+    if "Content-Encoding" in request.headers or not content.is_eof() or content.exception() is not None:
+        return None
+    raw = content.read_nowait()
+    return raw if len(raw) <= most_bytes else errors.body_too_large(most_bytes)
+
+
 async def read_body(request: web.BaseRequest, most_bytes: int) -> bytes | Failure:
     """The request's whole body, decompressed, or why it is not taken."""
     if failure := await invite(request, most_bytes):
         return failure
-    content = request.content
-    if content.is_eof() and content.exception() is None:  # as most are, being small
-        raw = content.read_nowait()
-        return raw if len(raw) <= most_bytes else errors.body_too_large(most_bytes)
     parts, size = [], 0
     try:
         async with asyncio.timeout(_BODY_S):
-            async for chunk in content.iter_any():
+            async for chunk in request.content.iter_any():
                 size += len(chunk)
                 if size > most_bytes:
                     return errors.body_too_large(most_bytes)
@@ -124,27 +137,38 @@ def _read_quote(config: GatewayConfig, api: Api, body: object, form: Form | None
         return errors.unknown_model(api.read(body).model)
     assert isinstance(body, dict)  # what is none names no model
     try:
-        first = _quote_of(config, api, body, model, form)
+        first = _read_one(config, api, body, model, form)
         alternatives = []
         for name in model.fallbacks:
             with suppress(InvalidRequest):  # what another model does not sell, it does not answer
-                alternatives.append(_quote_of(config, api, body, config.models[name], form))
+                alternatives.append(_read_one(config, api, body, config.models[name], form))
     except orjson.JSONEncodeError as error:
         raise InvalidRequest("it is nested too deeply") from error
     return replace(first, alternatives=tuple(alternatives)) if alternatives else first
 
 
-def _quote_of(config: GatewayConfig, api: Api, body: dict[str, Any], model: Model, form: Form | None) -> Quote:
+def _read_one(config: GatewayConfig, api: Api, body: dict[str, Any], model: Model, form: Form | None) -> Quote:
     ask = api.read(body, config.upstreams[model.upstream].allow_fields)
     api.check_sold(ask, model)
     if form is not None:
-        return Quote(api, ask, model, bound_of(ask, model), {}, b"", form)
+        return quote_of(api, ask, model, {}, b"", form)
     taken = {name: body[name] for name in api.set_fields if name in body}
-    kept = {name: body[name] for name in body if name not in taken} if taken else body
+    kept = body
+    if taken:
+        kept = body.copy()
+        for name in taken:
+            del kept[name]
     forwarded = orjson.dumps(_renamed(kept, model))
     orjson.dumps(taken)  # it is written later, when it is too late to refuse it
-    ask = ask.of_size(len(forwarded))
-    return Quote(api, ask, model, bound_of(ask, model), taken, forwarded)
+    return quote_of(api, ask.of_size(len(forwarded)), model, taken, forwarded)
+
+
+def quote_of(
+    api: Api, ask: Ask, model: Model, taken: Mapping[str, Any], body: bytes, form: Form | None = None
+) -> Quote:
+    """A quote for what is asked of model."""
+    bound = bound_of(ask, model)
+    return Quote(api, ask, model, bound, worst_parts(bound, model), taken, body, form)
 
 
 def read_free(config: GatewayConfig, api: FreeApi, raw: bytes) -> tuple[Upstream, bytes] | Failure:

@@ -16,7 +16,7 @@ from gateway.domain.forecast import OutputForecast
 from gateway.domain.metered import Metered
 from gateway.domain.model import Model
 from gateway.domain.plan import Plan
-from gateway.domain.request import MIN_OUTPUT_TOKENS, Ask, Bound
+from gateway.domain.request import MIN_OUTPUT_TOKENS, Ask, Bound, worst_femto
 from gateway.http import errors
 from gateway.http.errors import Failure
 from gateway.http.exchange import Exchange
@@ -151,7 +151,9 @@ class Turn:
         """Charge it. Raises only what cancels."""
         self._end(status)
         try:
-            await self._counter.settling.charge(self.exchange, self._model, self.use.bound(), metered)
+            bound = self.use.bound()
+            most_femto = worst_femto(bound, self._model, bound.output_tokens_each)
+            await self._counter.settling.charge(self.exchange, self._model, most_femto, metered)
         finally:
             self._counter.reports.finished(self.exchange)
 

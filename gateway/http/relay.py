@@ -83,7 +83,8 @@ class StreamRelay:
             return await self._break_off(stream, failure)
         if not events.failed and not exchange.ended:
             self._learn(stream)
-            await self._settling.charge(exchange, stream.quote.model, stream.quote.bound, events.metered(complete=True))
+            quote = stream.quote
+            await self._settling.charge(exchange, quote.model, quote.most_femto, events.metered(complete=True))
         if not stream.response.prepared:
             await stream.response.prepare(stream.request)
         await write_last(stream.response, events.closing(cost_fields(exchange.settlement)))
@@ -187,7 +188,7 @@ class StreamRelay:
 
     async def _charge_as_seen(self, stream: _Stream) -> None:
         quote, events = stream.quote, stream.events
-        await self._settling.charge(stream.exchange, quote.model, quote.bound, events.metered(complete=False))
+        await self._settling.charge(stream.exchange, quote.model, quote.most_femto, events.metered(complete=False))
 
     async def _break_off(self, stream: _Stream, failure: Failure) -> web.StreamResponse:
         exchange = stream.exchange

@@ -7,7 +7,6 @@ from gateway.credits.errors import EngineError, StoreError
 from gateway.credits.service import CreditEngine
 from gateway.domain.metered import Metered
 from gateway.domain.model import Model
-from gateway.domain.request import Bound, worst_femto
 from gateway.http.exchange import Exchange
 from gateway.http.holding import note_of
 from gateway.http.reports import Reports
@@ -22,16 +21,16 @@ class Settling:
         self._engine = engine
         self._reports = reports
 
-    async def charge(self, exchange: Exchange, model: Model, bound: Bound, tokens: Metered) -> None:
+    async def charge(self, exchange: Exchange, model: Model, most_femto: int, tokens: Metered) -> None:
         """Settle the exchange's reservation, which has ended then whatever the store says: tokens at the prices of the
-        model that answered, never more than bound's. Raises only what cancels."""
+        model that answered, never more than most_femto (femto-credits at list price). Raises only what cancels."""
         started = time.perf_counter()
         assert exchange.reservation is not None
         exchange.ended = True
         exchange.metered = tokens
         note = note_of(exchange, model, tokens)
         try:
-            cost_femto = min(model.prices.femto(tokens), worst_femto(bound, model, bound.output_tokens_each))
+            cost_femto = min(model.prices.femto(tokens), most_femto)
             exchange.settlement = await self._engine.settle(exchange.reservation, cost_femto, note)
         except StoreError as error:
             # The engine goes on trying; the client has its answer and shall not lose it.

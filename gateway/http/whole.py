@@ -38,18 +38,16 @@ class WholeAnswer(web.StreamResponse):
             self._keep_alive = request.keep_alive
         version = request.version
         fields = {**self._fields, **self._headers} if self._headers else self._fields
-        lines = [f"{name}: {value}\r\n" for name, value in fields.items()]
-        if not self._keep_alive:
-            lines.append("Connection: close\r\n")
-        elif version == HttpVersion10:
-            lines.append("Connection: keep-alive\r\n")
-        head = "".join(lines)
-        if head.count("\n") != len(lines) or head.count("\r") != len(lines):
+        said = "".join(fields.values())
+        if "\n" in said or "\r" in said:
             raise ValueError("a header with a line break in it")
-        head = (
-            f"HTTP/{version[0]}.{version[1]} {self._status} {self._reason}\r\n{head}"
-            f"Date: {_now()}\r\nContent-Length: {len(self._whole)}\r\n\r\n"
-        )
+        lines = "\r\n".join(map(": ".join, fields.items()))
+        if not self._keep_alive:
+            lines += "\r\nConnection: close"
+        elif version == HttpVersion10:
+            lines += "\r\nConnection: keep-alive"
+        status_line = f"HTTP/{version[0]}.{version[1]} {self._status} {self._reason}"
+        head = f"{status_line}\r\n{lines}\r\nDate: {_now()}\r\nContent-Length: {len(self._whole)}\r\n\r\n"
         return head.encode("utf-8", "surrogateescape") + self._whole
 
 

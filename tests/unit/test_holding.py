@@ -16,7 +16,7 @@ from gateway.domain.decision import Funds, Reserved, WindowFunds
 from gateway.domain.model import Model
 from gateway.domain.plan import Plan
 from gateway.domain.price import FEMTO_PER_NANO, Prices, TokenPrices
-from gateway.domain.request import Ask, Bound
+from gateway.domain.request import Ask, Bound, worst_parts
 from gateway.http import holding
 from gateway.http.exchange import Exchange
 from gateway.http.holding import CreditsEnded, StreamHold, payable_nano
@@ -79,7 +79,8 @@ async def stream() -> AsyncIterator[Callable[..., Stream]]:
         exchange.reservation = Reservation("a", Plan("p"), "m", "k", 0, reserved)
         ask, bound = Ask("chat", "m", 40, stream=True), Bound(INPUT, 1, MOST)
         events = ChatStream(ask, bound)
-        hold = StreamHold(cast(CreditEngine, fake), exchange, Quote(Chat(), ask, MODEL, bound, {}, b""), events)
+        quote = Quote(Chat(), ask, MODEL, bound, worst_parts(bound, MODEL), {}, b"")
+        hold = StreamHold(cast(CreditEngine, fake), exchange, quote, events)
         made.append(Stream(fake, hold, events))
         return made[-1]
 
