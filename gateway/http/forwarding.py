@@ -65,12 +65,13 @@ class Forwarding:
         last = quote.alternatives[-1] if quote.alternatives else quote
         sent, upstream, body = self._prepared(exchange, last, reservation)
         target, headers = _target_of(request, last.api), _headers_of(request, last.model)
-        self._metrics.upstream_started(upstream.name)
+        inflight = self._metrics.upstream_inflight(upstream.name)
+        inflight.add()
         try:
             async with self._client.send(upstream, "POST", target, headers, body) as answer:
                 return await self._answer(exchange, request, sent, answer)
         finally:
-            self._metrics.upstream_ended(upstream.name)
+            inflight.add(-1)
 
     async def _unless_it_fails(
         self, exchange: Exchange, request: web.BaseRequest, quote: Quote, reservation: Reservation
@@ -156,12 +157,13 @@ class Forwarding:
         body: bytes | Upload | None,
         method: str = "POST",
     ) -> AsyncIterator[UpstreamAnswer]:
-        self._metrics.upstream_started(upstream.name)
+        inflight = self._metrics.upstream_inflight(upstream.name)
+        inflight.add()
         try:
             async with self._client.send(upstream, method, target, headers, body) as answer:
                 yield answer
         finally:
-            self._metrics.upstream_ended(upstream.name)
+            inflight.add(-1)
 
     async def _pass_error(self, exchange: Exchange, answer: UpstreamAnswer) -> web.Response:
         if answer.status in (401, 402, 403):  # about the operator's key or credits, not the customer's

@@ -102,7 +102,8 @@ class Realtime:
         path = f"/realtime?{urlencode({'model': model.sent_as or model.name})}"
         protocols = [one for one in offered if one == _PROTOCOL or one.startswith(_BETA_PROTOCOL)]
         session: Session | None = None
-        self._metrics.upstream_started(upstream.name)
+        inflight = self._metrics.upstream_inflight(upstream.name)
+        inflight.add()
         try:
             async with connect(upstream, path, request.headers, protocols) as socket:
                 client = await _accepted(exchange, request)
@@ -116,7 +117,7 @@ class Realtime:
             failure = errors.upstream_refused(error.status, error.headers, error.body)
             return self._reports.fail(exchange, failure)
         finally:
-            self._metrics.upstream_ended(upstream.name)
+            inflight.add(-1)
             if session is None:
                 await first.void()
 

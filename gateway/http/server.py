@@ -8,7 +8,6 @@ from typing import Any
 
 from aiohttp import web
 from aiohttp.http_writer import StreamWriter
-from aiohttp.web_protocol import PayloadAccessError
 
 from gateway.http import errors
 from gateway.http.proxy import Proxy
@@ -41,6 +40,11 @@ class _Connection(web.RequestHandler):
         sock = transport.get_extra_info("socket")
         if sock is not None and hasattr(socket, "TCP_USER_TIMEOUT"):  # only Linux has it
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, CLIENT_STALL_MS)
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """Read on, if that was paused: aiohttp asks for it whenever a body is read, and feeds its parser anew: 3 µs."""
+        if self._reading_paused or self._buffer_paused:
+            super().resume_reading(resume_parser)
 
     async def start(self) -> None:
         """Answer the requests of the connection, one after the other.
@@ -100,7 +104,10 @@ class _Connection(web.RequestHandler):
             except Exception as error:
                 response = self.handle_error(request, 500, error)
             self._current_request = None
-            response, gone = await self.finish_response(request, response, None)
+            if type(response) is WholeAnswer and not self._upgraded:
+                gone = not self._write_whole(request, response) or (self.writing_paused and await self._stalled())
+            else:
+                response, gone = await super().finish_response(request, response, None)
         except asyncio.CancelledError:
             self.force_close()
             raise
@@ -109,7 +116,6 @@ class _Connection(web.RequestHandler):
             self._request_in_progress, self._current_request = False, None
             if self._handler_waiter is not None:
                 self._handler_waiter.set_result(None)
-        payload.set_exception(PayloadAccessError())
         return bool(response.keep_alive) and not gone and not self._close and not self._force_close
 
     def _wait_for_another(self) -> None:
@@ -124,15 +130,23 @@ class _Connection(web.RequestHandler):
         """Write an answer that is all there in one piece; True besides where the client has hung up."""
         if type(resp) is not WholeAnswer or self._upgraded:
             return await super().finish_response(request, resp, start_time)
-        if self.transport is None or self.transport.is_closing():
-            return resp, True
-        self.transport.write(resp.written(request))
+        return resp, not self._write_whole(request, resp) or (self.writing_paused and await self._stalled())
+
+    def _write_whole(self, request: web.BaseRequest, answer: WholeAnswer) -> bool:
+        """Write an answer; False where the client has hung up."""
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return False
+        transport.write(answer.written(request))
+        return True
+
+    async def _stalled(self) -> bool:
+        """Wait for a client that is slow to take its answer; True where it has hung up."""
         try:
-            if self.writing_paused:
-                await self._drain_helper()
+            await self._drain_helper()
         except ConnectionError:
-            return resp, True
-        return resp, False
+            return True
+        return False
 
     def handle_error(
         self,

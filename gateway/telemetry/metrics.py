@@ -45,6 +45,17 @@ _encode_openmetrics, _OPENMETRICS_TYPE = choose_encoder(_OPENMETRICS)
 _encode_plain, _PLAIN_TYPE = choose_encoder("text/plain")
 
 
+class _Names(dict[str, str]):
+    """The name that a series has for each configured name: itself, and OTHER for all others."""
+
+    def __missing__(self, name: str) -> str:
+        return OTHER
+
+    def add(self, names: Collection[str]) -> None:
+        """Know these names too."""
+        self.update((name, name) for name in names)
+
+
 class Metrics:
     """The gateway's own counters in a registry of their own.
 
@@ -54,8 +65,8 @@ class Metrics:
     """
 
     def __init__(self, plans: Collection[str], models: Collection[str]) -> None:
-        self._plans = frozenset(plans)
-        self._models = frozenset(models)
+        self._plans, self._models = _Names(), _Names()
+        self.use(plans, models)
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         Info("quota_gateway_build", "The running version of the gateway; always 1.", registry=self._registry).info(
@@ -67,8 +78,8 @@ class Metrics:
 
     def use(self, plans: Collection[str], models: Collection[str]) -> None:
         """Know these names from now on, and those from before: requests in flight and accounts may still have them."""
-        self._plans |= frozenset(plans)
-        self._models |= frozenset(models)
+        self._plans.add(plans)
+        self._models.add(models)
 
     def _make_credit_metrics(self) -> None:
         self._decisions = self._counters(
@@ -214,7 +225,7 @@ class Metrics:
         reason: the error's code (``insufficient_quota``, ``quota_store_unavailable``, …) or, of an admitted
         request, where its credits come from. plan: ``other`` where it is not known yet.
         """
-        self._decisions[decision, reason, self._plan(plan)].add()
+        self._decisions[decision, reason, self._plans[plan]].add()
 
     def reserved(self, nano: int) -> None:
         """Count credits that a reservation holds, in nano-credits ≥ 0."""
@@ -222,7 +233,7 @@ class Metrics:
 
     def settled(self, plan: str, model: str, source: PaidFrom, nano: int) -> None:
         """Count credits charged from one source, in nano-credits ≥ 0. Once per source that paid something."""
-        self._settled[self._plan(plan), self._model(model), source].add(nano / NANO_PER_CREDIT)
+        self._settled[self._plans[plan], self._models[model], source].add(nano / NANO_PER_CREDIT)
 
     def released(self, cause: Cause, nano: int) -> None:
         """Count credits that were held and not charged, in nano-credits ≥ 0, by how the reservation ended."""
@@ -248,13 +259,9 @@ class Metrics:
         """Where the time from asking for a script to its reply is recorded."""
         return self._store[(script,)]
 
-    def upstream_started(self, upstream: str) -> None:
-        """Count a request in that goes to upstream; upstream_ended counts it out."""
-        self._upstream_inflight[(upstream,)].add()
-
-    def upstream_ended(self, upstream: str) -> None:
-        """Count a request out that upstream_started counted in."""
-        self._upstream_inflight[(upstream,)].add(-1)
+    def upstream_inflight(self, upstream: str) -> Count:
+        """The requests that upstream answers now: to be counted in, and out again."""
+        return self._upstream_inflight[(upstream,)]
 
     def overrun(self, upstream: str) -> None:
         """Count an answer for which upstream reports more usage than it was allowed."""
@@ -262,7 +269,7 @@ class Metrics:
 
     def stream_truncated(self, plan: str) -> None:
         """Count a stream that was ended because the account's credits had."""
-        self._truncated[(self._plan(plan),)].add()
+        self._truncated[(self._plans[plan],)].add()
 
     def watch_reservations_open(self, count: Callable[[], float]) -> None:
         """Take the number of open reservations from count at every scrape. count must be quick and not raise."""
@@ -298,12 +305,13 @@ class Metrics:
         which there were none is not recorded. first_token_seconds: from the request's arrival; None for an answer
         that was not streamed.
         """
-        labels = (self._model(model), operation, upstream)
+        known = self._models[model]
+        labels = (known, operation, upstream)
         self._request_duration[labels].observe(seconds)
         if input_tokens:
-            self._tokens[*labels, "input"].observe(input_tokens)
+            self._tokens[known, operation, upstream, "input"].observe(input_tokens)
         if output_tokens:
-            self._tokens[*labels, "output"].observe(output_tokens)
+            self._tokens[known, operation, upstream, "output"].observe(output_tokens)
         if first_token_seconds is None:
             return
         self._first_token[labels].observe(first_token_seconds)
@@ -332,12 +340,6 @@ class Metrics:
     def expose(self, accept: str | None) -> tuple[bytes, str]:
         """The text of every metric and its content type: OpenMetrics where accept names it, else plain text."""
         return expose(self.families(), accept)
-
-    def _plan(self, name: str) -> str:
-        return name if name in self._plans else OTHER
-
-    def _model(self, name: str) -> str:
-        return name if name in self._models else OTHER
 
 
 def expose(families: Sequence[Metric], accept: str | None) -> tuple[bytes, str]:

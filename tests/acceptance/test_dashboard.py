@@ -60,7 +60,7 @@ def alert_queries() -> dict[str, str]:
 def make_metrics() -> Metrics:
     metrics = Metrics(plans=["standard", "developer"], models=["llama"])
     metrics.watch_reservations_open(lambda: 3)
-    metrics.upstream_started("ionet")
+    metrics.upstream_inflight("ionet").add()
     metrics.overrun("ionet")
     return metrics
 

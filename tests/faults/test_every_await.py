@@ -179,7 +179,7 @@ _PHASES = {
     "upstream": "UpstreamAnswer.head",
     "settle": "CreditEngine.settle",
 }
-_WHOLE_PHASES = _PHASES | {"answer": "UpstreamAnswer.body", "closing write": "_Connection.finish_response"}
+_WHOLE_PHASES = _PHASES | {"answer": "UpstreamAnswer.body", "closing write": "_Connection._stalled"}
 _STREAM_PHASES = _PHASES | {
     "stream": "UpstreamAnswer.read",
     "hand out": "write",

@@ -1,9 +1,11 @@
 """Log lines, as a collector reads them from stderr."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -19,17 +21,22 @@ def logged(script: str) -> list[Any]:
 
 
 REQUEST = """
+    import asyncio
     from gateway.telemetry.logs import log_request, setup_logging
+    async def request():
+        for _ in range({times}):
+            log_request(
+                request_id={request_id!r}, account="acme", key_id="key_1", model={model!r}, status=200,
+                decision="admitted", reserved_nano=1_000_000_638, cost_nano=638, seconds=1.23456789,
+                overhead_seconds=0.001,
+            )
     setup_logging("info")
-    log_request(
-        request_id={request_id!r}, account="acme", key_id="key_1", model={model!r}, status=200, decision="admitted",
-        reserved_nano=1_000_000_638, cost_nano=638, seconds=1.23456789, overhead_seconds=0.001,
-    )
+    asyncio.run(request())
 """
 
 
 def test_a_request_is_one_line_of_json() -> None:
-    (line,) = logged(REQUEST.format(request_id="req-1", model="llama"))
+    (line,) = logged(REQUEST.format(times=1, request_id="req-1", model="llama"))
     assert line.pop("time").endswith("+00:00")
     assert line == {
         "level": "info",
@@ -50,17 +57,29 @@ def test_a_request_is_one_line_of_json() -> None:
     }
 
 
+def test_lines_of_several_processes_do_not_mix_in_their_pipe() -> None:
+    script = textwrap.dedent(REQUEST.format(times=2000, request_id="r", model="m" * 200))
+    reading, writing = os.pipe()
+    with ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(subprocess.Popen([sys.executable, "-c", script], stderr=writing))
+        os.close(writing)
+        text = stack.enter_context(open(reading)).read()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["model"] for line in lines] == ["m" * 200] * 4000
+
+
 @pytest.mark.parametrize(
     "hostile", ['x\n{"level":"info","account":"forged"}', "x\r\x1b[2J\x00", "\ud800 not utf-8 \udcff", '"}, {"a":"']
 )
 def test_a_client_cannot_write_a_line_of_its_own(hostile: str) -> None:
-    (line,) = logged(REQUEST.format(request_id=hostile, model=hostile))
+    (line,) = logged(REQUEST.format(times=1, request_id=hostile, model=hostile))
     assert line["account"] == "acme"
     assert line["request_id"] == line["model"] == hostile.encode("utf-8", "backslashreplace").decode()
 
 
 def test_a_client_cannot_fill_the_disk_with_a_name() -> None:
-    (line,) = logged(REQUEST.format(request_id="r", model="m" * 100_000))
+    (line,) = logged(REQUEST.format(times=1, request_id="r", model="m" * 100_000))
     assert line["model"] == "m" * 200
 
 

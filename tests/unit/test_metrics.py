@@ -76,7 +76,7 @@ def drive(metrics: Metrics) -> None:
     metrics.stream_truncated("standard")
     metrics.phases["reserve"].observe(0.001)
     metrics.store_seconds("reserve").observe(0.001)
-    metrics.upstream_started("ionet")
+    metrics.upstream_inflight("ionet").add()
     metrics.overrun("ionet")
     metrics.request_finished("chat", "llama", "ionet", 1.0, 10, 10, 0.5)
 
@@ -117,9 +117,9 @@ def test_store_denials_start_at_zero_so_that_the_first_one_is_an_increase(metric
 
 
 def test_gauges_follow_what_they_count(metrics: Metrics) -> None:
-    metrics.upstream_started("ionet")
-    metrics.upstream_started("ionet")
-    metrics.upstream_ended("ionet")
+    metrics.upstream_inflight("ionet").add()
+    metrics.upstream_inflight("ionet").add()
+    metrics.upstream_inflight("ionet").add(-1)
     assert value(metrics, "quota_gateway_upstream_inflight", upstream="ionet") == 1
     is_open = [1, 2]
     metrics.watch_reservations_open(lambda: len(is_open))
