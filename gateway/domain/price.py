@@ -241,7 +241,8 @@ def _or(femto: int | None, otherwise: int) -> int:
 
 def cost_of(femto: int, rate_ppm: int) -> Cost:
     """Round an exact cost up to nano-credits, at list price and at the plan's rate."""
-    return Cost(-(-femto // FEMTO_PER_NANO), -(-femto * rate_ppm // _FEMTO_PPM_PER_NANO))
+    payg_nano = -(-femto // FEMTO_PER_NANO)
+    return Cost(payg_nano, payg_nano if rate_ppm == FULL_RATE_PPM else -(-femto * rate_ppm // _FEMTO_PPM_PER_NANO))
 
 
 def femto_per_unit(usd: Decimal) -> int:

@@ -32,9 +32,6 @@ def _drawn_numbers() -> Iterator[str]:
             yield drawn[at : at + 2 * _NUMBER_BYTES]
 
 
-_numbers = _drawn_numbers()
-
-
 @dataclass(slots=True)
 class Exchange:
     """One request as it goes through, for its answer's headers, its log line and its metrics.
@@ -47,7 +44,7 @@ class Exchange:
     config: GatewayConfig
     from_page: bool = False
     dialect: Dialect = "openai"
-    number: str = field(default_factory=lambda: next(_numbers))
+    number: str = field(default_factory=_drawn_numbers().__next__)
     started: float = field(default_factory=time.perf_counter)
     identity: Identity | None = None
     ask: Ask | None = None
@@ -55,7 +52,7 @@ class Exchange:
     ended: bool = False
     settlement: Settlement | None = None
     metered: Metered = _NOTHING
-    slices: Mapping[str, int | None] = field(default_factory=dict)
+    slices: Mapping[str, int] = field(default_factory=dict)
     answering: Model | None = None
     body_broke: bool = False
     max_tokens: int | None = None

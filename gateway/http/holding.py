@@ -39,14 +39,14 @@ class Holding:
     """What to reserve for a request, in femto-credits at list price.
 
     minimum_femto is needed while other requests of the account are in flight; without any, alone_femto is enough.
-    slices: by model that may answer, the output of each answer that a stream holds at a time; None where all is held
-    at once. grows: more may be held later.
+    slices: by model that may answer, the output of each answer that a stream holds at a time; without those of which
+    all is held at once. grows: more may be held later.
     """
 
     amount_femto: int
     minimum_femto: int
     alone_femto: int
-    slices: Mapping[str, int | None]
+    slices: Mapping[str, int]
     grows: bool
 
 
@@ -70,7 +70,7 @@ def _holding_of(quote: Quote, upstreams: Mapping[str, Upstream], forecast: Outpu
     fixed_femto, token_femto = quote.worst
     most, least_femto = bound.output_tokens_each, fixed_femto + least_output(bound) * token_femto
     if not (quote.ask.stream and _follows(quote, upstreams[model.upstream])):
-        return Holding(fixed_femto + most * token_femto, least_femto, least_femto, {model.name: None}, False)
+        return Holding(fixed_femto + most * token_femto, least_femto, least_femto, {}, False)
     each = forecast.expected(model.name, most)
     # While others stream, less than a whole slice would admit an answer only to cut it soon after.
     amount_femto = fixed_femto + each * token_femto

@@ -78,7 +78,7 @@ class UpstreamAnswer:
         """Close the connection, which tells the upstream to stop; nothing more can be read."""
         if not self._ended:
             self._pieces.clear()
-        self._cut(UpstreamUnavailable("the answer was given up"))
+            self._cut(UpstreamUnavailable("the answer was given up"))
 
     async def read(self) -> bytes:
         """All of the body that has come since the last time; waits where that is nothing. b"" at its end.

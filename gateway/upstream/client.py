@@ -131,7 +131,10 @@ class Sending:
         return await self._ask(await self._connect(peer.pool), head)
 
     async def __aexit__(self, *_: object) -> None:
-        await self._leave()
+        if self._upload is not None:
+            await self._leave()
+        elif self._answer is not None:
+            self._answer.abandon()  # nothing, if it is whole
 
     async def _connect(self, pool: Pool) -> Connection:
         timeout_s = self._upstream.connect_timeout_ms / 1000

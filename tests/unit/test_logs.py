@@ -64,7 +64,7 @@ def test_lines_of_several_processes_do_not_mix_in_their_pipe() -> None:
         for _ in range(2):
             stack.enter_context(subprocess.Popen([sys.executable, "-c", script], stderr=writing))
         os.close(writing)
-        text = stack.enter_context(open(reading)).read()
+        text = stack.enter_context(os.fdopen(reading)).read()
     lines = [json.loads(line) for line in text.splitlines()]
     assert [line["model"] for line in lines] == ["m" * 200] * 4000
 

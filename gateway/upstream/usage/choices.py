@@ -15,6 +15,7 @@ from gateway.upstream.usage.shown import answer_of, as_text, document_of
 
 # Fields of a choice that name the stop that matched (vLLM, SGLang): which one it was may be all that a client asks.
 _NO_STOPS = (None, None)
+_SIGNS = frozenset({"logprobs", "token_ids", "prompt_logprobs", "stop_reason", "matched_stop"})
 
 
 def read_usage(usage: object) -> Usage | None:
@@ -77,6 +78,8 @@ def _texts_of(choice: dict[str, Any]) -> list[str]:
 
 def _signs_in(said: dict[str, Any]) -> int:
     """Of how many tokens an answer or a choice tells otherwise than by its text."""
+    if _SIGNS.isdisjoint(said):
+        return 0
     logprobs, ids, of_prompt = said.get("logprobs"), said.get("token_ids"), said.get("prompt_logprobs")
     stops = said.get("stop_reason"), said.get("matched_stop")
     if not (logprobs or ids or of_prompt) and stops == _NO_STOPS:  # as in nearly all, some of them null

@@ -60,11 +60,13 @@ def count(usage: Mapping[str, Any], name: str) -> int | None:
     """A figure that can be one: whole and not negative; else None. Some servers write 7.0 for 7, and a whole number
     too large for the JSON library comes as a float."""
     value = usage.get(name)
+    if type(value) is int and 0 <= value <= MOST_TOKENS:  # as nearly all are
+        return value
     if type(value) is float and value.is_integer():
         value = int(value)
     if type(value) is not int or value < 0:
         return None
-    return value if value <= MOST_TOKENS else MOST_TOKENS
+    return min(value, MOST_TOKENS)
 
 
 def details(usage: Mapping[str, Any], group: str) -> Mapping[str, Any]:
