@@ -16,7 +16,7 @@ from gateway.credits.store import Store
 from gateway.http.admin import Check
 from gateway.http.proxy import Proxy
 from gateway.http.server import DataServer
-from gateway.lifetime import DRAIN_S, SETTLE_S, running, spare_garbage_collection
+from gateway.lifetime import DRAIN_S, SETTLE_S, keep_freed_memory, running, spare_garbage_collection
 from gateway.listening import BACKLOG, listen, stop_listening
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.client import UpstreamClient
@@ -92,6 +92,7 @@ class Front:
         self._proxy = Proxy(served, engine, client, self._metrics)
         self._runner = web.ServerRunner(DataServer(self._proxy), shutdown_timeout=1)
         spare_garbage_collection()
+        keep_freed_memory()
 
     async def use(self, served: GatewayConfig) -> None:
         """Answer new requests by another configuration."""

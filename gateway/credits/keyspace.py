@@ -72,7 +72,12 @@ def money_keys(account: str) -> tuple[str, str, str, str]:
 
 def reservation_id(account: str, request: str) -> str:
     """The id of the reservation that a request (24 hex digits) makes: its shard can be read off it."""
-    return f"rsv_{shard_of(account):02x}{request}"
+    return _reservation_prefix(account) + request
+
+
+@lru_cache(maxsize=10_000)
+def _reservation_prefix(account: str) -> str:
+    return f"rsv_{shard_of(account):02x}"
 
 
 def shard_of_reservation(reservation: str) -> int | None:
