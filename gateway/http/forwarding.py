@@ -31,7 +31,7 @@ from gateway.http.reports import Reports
 from gateway.http.settling import Settling
 from gateway.http.whole import WholeAnswer
 from gateway.telemetry.metrics import Metrics
-from gateway.upstream.client import Upload, UpstreamAnswer, UpstreamClient, UpstreamUnavailable
+from gateway.upstream.client import Pieces, Upload, UpstreamAnswer, UpstreamClient, UpstreamUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -112,12 +112,12 @@ class Forwarding:
 
     def _prepared(
         self, exchange: Exchange, quote: Quote, reservation: Reservation
-    ) -> tuple[Quote, Upstream, bytes | Upload]:
+    ) -> tuple[Quote, Upstream, bytes | Pieces | Upload]:
         """The quote within what is held, where it goes, and its body there."""
         started = time.perf_counter()
         upstream = exchange.config.upstreams[quote.model.upstream]
         quote = _within_hold(exchange, quote, reservation)
-        body: bytes | Upload
+        body: bytes | Pieces | Upload
         if quote.form is not None:
             body = written(quote.form, quote.model.sent_as or quote.model.name)
         else:
@@ -154,7 +154,7 @@ class Forwarding:
         upstream: Upstream,
         target: str,
         headers: Mapping[str, str],
-        body: bytes | Upload | None,
+        body: bytes | Pieces | Upload | None,
         method: str = "POST",
     ) -> AsyncIterator[UpstreamAnswer]:
         inflight = self._metrics.upstream_inflight(upstream.name)

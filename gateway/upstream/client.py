@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from gateway.config.model import Upstream
 from gateway.upstream.answer import UpstreamAnswer
-from gateway.upstream.connection import Connection
+from gateway.upstream.connection import Connection, Pieces
 from gateway.upstream.errors import (
     DeadlinePassed,
     HungUp,
@@ -22,6 +22,7 @@ from gateway.upstream.upload import Upload, write_upload
 
 __all__ = [
     "DeadlinePassed",
+    "Pieces",
     "Upload",
     "UpstreamAnswer",
     "UpstreamClient",
@@ -58,7 +59,12 @@ class UpstreamClient:
             await pool.close()
 
     def send(
-        self, upstream: Upstream, method: str, path: str, headers: Mapping[str, str], body: bytes | Upload | None = None
+        self,
+        upstream: Upstream,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes | Pieces | Upload | None = None,
     ) -> "Sending":
         """Send a request (path: below the base URL; body: JSON, or an upload); the answer, until the block is left.
 
@@ -103,7 +109,7 @@ class Sending:
         method: str,
         path: str,
         headers: Mapping[str, str],
-        body: bytes | Upload | None,
+        body: bytes | Pieces | Upload | None,
     ) -> None:
         self._client = client
         self._upstream = upstream

@@ -20,6 +20,20 @@ _ONE_WRITE_BYTES = 2**14
 _WITHOUT_BODY = frozenset({204, 304})
 
 
+class Pieces(tuple[bytes | memoryview, ...]):
+    """A body in memory that is written piece by piece: to join 400 kB takes 45 µs."""
+
+    __slots__ = ()
+
+    @property
+    def size_bytes(self) -> int:
+        """The length of all of it."""
+        return sum(map(len, self))
+
+    def __bytes__(self) -> bytes:
+        return b"".join(self)
+
+
 class Connection(asyncio.Protocol):
     """An open connection, until ``on_lost`` is called. on_free: called whenever it can take the next request."""
 
@@ -50,7 +64,14 @@ class Connection(asyncio.Protocol):
     # --- one request --------------------------------------------------------------------------------------------------
 
     def ask(
-        self, head: bytes, body: bytes | None, *, head_only: bool, uploading: bool, idle_s: float, deadline: float
+        self,
+        head: bytes,
+        body: bytes | Pieces | None,
+        *,
+        head_only: bool,
+        uploading: bool,
+        idle_s: float,
+        deadline: float,
     ) -> UpstreamAnswer:
         """Send a request; the answer, still without its head. uploading: its body will be written by ``write``.
 
@@ -71,6 +92,8 @@ class Connection(asyncio.Protocol):
         self._watch(answer.due(answer.heard_at))
         if not body:
             self._transport.write(head)
+        elif isinstance(body, Pieces):
+            self._transport.writelines((head, *body))
         elif len(body) <= _ONE_WRITE_BYTES:
             self._transport.write(head + body)
         else:

@@ -8,6 +8,7 @@ from yarl import URL
 
 from gateway import __version__
 from gateway.config.model import Upstream
+from gateway.upstream.connection import Pieces
 from gateway.upstream.pool import Origin
 from gateway.upstream.upload import Upload
 
@@ -34,7 +35,9 @@ class Head:
         said = {"Host": url.host_port_subcomponent or "", "Accept-Encoding": "identity", **_key_of(upstream)}
         self._own = _lines([f"{name}: {value}" for name, value in said.items()])
 
-    def written(self, method: str, path: str, headers: Mapping[str, str], body: bytes | Upload | None) -> bytes:
+    def written(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes | Pieces | Upload | None
+    ) -> bytes:
         """The head of a request. path: below the base URL.
 
         Raises ValueError for a header that would not stay one, or a path that is none.
@@ -80,11 +83,12 @@ def _target(base_url: str, path: str) -> str:
     return URL(base_url + path).raw_path_qs
 
 
-def _of_body(method: str, body: bytes | Upload | None) -> str:
+def _of_body(method: str, body: bytes | Pieces | Upload | None) -> str:
     if body is None:
         return "" if method in _BODILESS else "Content-Length: 0\r\n"
     if not isinstance(body, Upload):
-        return f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        size_bytes = body.size_bytes if isinstance(body, Pieces) else len(body)
+        return f"Content-Type: application/json\r\nContent-Length: {size_bytes}\r\n"
     length = "Transfer-Encoding: chunked" if body.size_bytes is None else f"Content-Length: {body.size_bytes}"
     return _lines([f"Content-Type: {body.content_type}", length])
 

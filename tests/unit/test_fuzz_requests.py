@@ -135,7 +135,7 @@ def test_a_request_is_refused_or_priced_as_it_is_forwarded(config: GatewayConfig
             return
         priced += 1
         upstream = config.upstreams[quote.model.upstream]
-        check_forwarded(path, quote, orjson.loads(raw), as_upstream_reads(forwarded_body(quote, upstream)))
+        check_forwarded(path, quote, orjson.loads(raw), as_upstream_reads(bytes(forwarded_body(quote, upstream))))
 
     assert priced  # else this shows nothing
 
