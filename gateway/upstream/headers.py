@@ -42,14 +42,13 @@ class Head:
 
         Raises ValueError for a header that would not stay one, or a path that is none.
         """
-        said = [f"{name}: {value}" for name, value in headers.items() if _passing[name]]
+        said = [f"{method} {_target(self._base_url, path)} HTTP/1.1"]
+        said += [f"{name}: {value}" for name, value in headers.items() if _passing[name]]
         if "user-agent" not in headers:
             said.append(_AGENT_LINE)
         if "accept" not in headers:
             said.append("Accept: */*")
-        target, of_body = _target(self._base_url, path), _of_body(method, body)
-        head = f"{method} {target} HTTP/1.1\r\n{self._own}{_lines(said)}{of_body}\r\n"
-        return head.encode("utf-8", "surrogateescape")
+        return f"{_lines(said)}{self._own}{_of_body(method, body)}\r\n".encode("utf-8", "surrogateescape")
 
 
 def headers_for(upstream: Upstream, headers: Mapping[str, str]) -> CIMultiDict[str]:
@@ -100,11 +99,10 @@ def _key_of(upstream: Upstream) -> dict[str, str]:
     return {"x-api-key": key} if upstream.key_header == "x-api-key" else {"Authorization": f"Bearer {key}"}
 
 
-def _lines(headers: list[str]) -> str:
-    """Headers as they are sent. Raises ValueError for one that would not stay one."""
+def _lines(lines: list[str]) -> str:
+    """Lines of a head as they are sent. Raises ValueError for one that would not stay one."""
     # Looking at all of them at once costs a tenth of looking at each.
-    said = "".join(headers)
+    said = "".join(lines)
     if "\n" in said or "\r" in said or "\0" in said:
         raise ValueError("a header has a line break in it")
-    lines = "\r\n".join(headers)
-    return f"{lines}\r\n"
+    return "\r\n".join(lines) + "\r\n"
