@@ -487,16 +487,24 @@ def _funds_metadata(denial: Denied, plan: Plan) -> dict[str, object]:
     }
 
 
-def funds_headers(funds: Funds) -> dict[str, str]:
-    """What is left, for every metered answer."""
+def funds_lines(funds: Funds) -> str:
+    """What is left, for every metered answer: lines of its head."""
     window = funds.tightest
-    headers = {
-        "x-credits-allowance-remaining": format_credits(window.remaining_nano),
-        "x-credits-balance": format_credits(funds.balance_nano),
-    }
-    if funds.windows:
-        headers["x-credits-allowance-resets-at"] = rfc3339(window.resets_at_ms)
-    return headers
+    lines = (
+        f"x-credits-allowance-remaining: {format_credits(window.remaining_nano)}\r\n"
+        f"x-credits-balance: {format_credits(funds.balance_nano)}\r\n"
+    )
+    return f"{lines}x-credits-allowance-resets-at: {rfc3339(window.resets_at_ms)}\r\n" if funds.windows else lines
+
+
+def funds_headers(funds: Funds) -> dict[str, str]:
+    """The same by name."""
+    return headers_of(funds_lines(funds))
+
+
+def headers_of(lines: str) -> dict[str, str]:
+    """The headers in lines of a head, by name."""
+    return dict(line.split(": ", 1) for line in lines.split("\r\n") if line)
 
 
 def upgrade_required() -> Failure:

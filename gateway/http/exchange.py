@@ -16,7 +16,7 @@ from gateway.domain.metered import Metered
 from gateway.domain.model import Model
 from gateway.domain.money import format_credits
 from gateway.domain.request import Ask
-from gateway.http.errors import funds_headers, rfc3339
+from gateway.http.errors import funds_lines, headers_of, rfc3339
 from gateway.upstream.sse import EventStream
 
 _NOTHING = Metered()
@@ -84,28 +84,26 @@ def request_headers(exchange: Exchange) -> dict[str, str]:
 
 def credit_headers(exchange: Exchange) -> dict[str, str]:
     """What was held and charged, and what is left."""
+    return headers_of(credit_lines(exchange))
+
+
+def credit_lines(exchange: Exchange) -> str:
+    """The same as the lines of a head: written as one text, at a third of what headers one by one take."""
     reservation, settlement = exchange.reservation, exchange.settlement
     assert reservation is not None
-    reserved = reservation.reserved
-    funds, number = reserved.funds, exchange.id
-    headers = {
-        "x-request-id": number,
-        "request-id": number,
-        "x-credits-reserved": format_credits(reserved.held_nano),
-        "x-credits-source": reserved.source,
-    }
+    reserved, number = reservation.reserved, exchange.id
+    held = format_credits(reserved.held_nano)
+    lines = f"x-request-id: {number}\r\nrequest-id: {number}\r\nx-credits-reserved: {held}\r\n"
+    funds, source = reserved.funds, reserved.source
     if settlement is not None:
-        cost_nano = settlement.cost_nano
-        headers["x-credits-cost"] = format_credits(cost_nano)
-        if cost_nano:
-            headers["x-credits-source"] = settlement.source
-        funds = settlement.funds or funds
+        funds, cost_nano = settlement.funds or funds, settlement.cost_nano
+        source = settlement.source if cost_nano else source
+        lines += f"x-credits-cost: {format_credits(cost_nano)}\r\n"
     if exchange.answering is not None and exchange.answering.name != exchange.model_name:
-        headers["x-credits-model"] = exchange.answering.name
+        lines += f"x-credits-model: {exchange.answering.name}\r\n"
     if exchange.max_tokens is not None:
-        headers["x-credits-max-tokens"] = str(exchange.max_tokens)
-    headers.update(funds_headers(funds))
-    return headers
+        lines += f"x-credits-max-tokens: {exchange.max_tokens}\r\n"
+    return f"{lines}x-credits-source: {source}\r\n{funds_lines(funds)}"
 
 
 def cost_fields(settlement: Settlement | None) -> Mapping[str, object] | None:

@@ -20,7 +20,7 @@ from gateway.domain.model import Model
 from gateway.domain.price import FEMTO_PER_NANO
 from gateway.domain.request import affordable_output
 from gateway.http import errors
-from gateway.http.exchange import Exchange, credit_headers, request_headers
+from gateway.http.exchange import Exchange, credit_lines, request_headers
 from gateway.http.holding import payable_nano
 from gateway.http.multipart import written
 from gateway.http.passing import Passing
@@ -184,9 +184,7 @@ class Forwarding:
             return self._reports.fail(exchange, errors.upstream_unavailable())
         self._reports.watch_overrun(exchange, quote, read.usage)
         await self._settling.charge(exchange, quote.model, quote.most_femto, read.metered(quote.ask, quote.bound))
-        headers = credit_headers(exchange)
-        headers["Content-Type"] = answer.content_type_header
-        return WholeAnswer(200, headers, body)
+        return WholeAnswer(200, credit_lines(exchange), answer.content_type_header, body)
 
 
 def _headers_of(request: web.BaseRequest, model: Model) -> Mapping[str, str]:

@@ -179,7 +179,7 @@ class UpstreamAnswer:
     # --- for the connection -------------------------------------------------------------------------------------------
 
     def begin(self, status: int, fields: Mapping[bytes, bytes]) -> None:
-        """The head has come. fields: by their names in lower case."""
+        """The head has come. fields: by their names in lower case, with the blanks that came behind them."""
         self.status = status
         self._fields = fields
         self._wake()
@@ -231,4 +231,4 @@ def _too_late() -> DeadlinePassed:
 
 
 def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", "surrogateescape")
+    return raw.rstrip(b" \t").decode("utf-8", "surrogateescape")

@@ -288,9 +288,9 @@ class Connection(asyncio.Protocol):
             if status == 101:
                 raise ValueError("it changes to another protocol")
             return
-        fields = {name.lower(): value.rstrip(b" \t") for name, value in self._fields.items()}
+        fields = {name.lower(): value for name, value in self._fields.items()}
         coding = fields.get(b"transfer-encoding")
-        if coding is not None and coding.lower() != b"chunked":
+        if coding is not None and coding.rstrip(b" \t").lower() != b"chunked":
             raise ValueError("its Transfer-Encoding is not known")
         self._until_close = coding is None and b"content-length" not in fields and status not in _WITHOUT_BODY
         answer.begin(status, fields)

@@ -21,7 +21,7 @@ class Faulty:
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         if self._way == "line break":
-            return WholeAnswer(200, {"x-id": "a\nb: c"}, b"{}")
+            return WholeAnswer(200, "x-id: a\r\n", "a/b\nb: c", b"{}")
         if self._way == "raises":
             raise RuntimeError("a fault")
         response = web.StreamResponse()
