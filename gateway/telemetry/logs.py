@@ -7,7 +7,6 @@ import asyncio
 import logging
 import sys
 import time
-from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
 from select import PIPE_BUF
@@ -112,20 +111,26 @@ _unwritten: list[bytes] = []
 
 
 def _write() -> None:
-    lines, block = _unwritten.copy(), b""
-    _unwritten.clear()
-    with suppress(OSError, ValueError, AttributeError):  # a stderr that is closed, or not there, fails no request
-        for line in lines:
-            if len(block) + len(line) > PIPE_BUF:  # the kernel may mix it with what other processes write
-                _write_block(block)
-                block = b""
-            block += line
-        _write_block(block)
+    text = b"".join(_unwritten)
+    blocks = [text] if len(text) <= PIPE_BUF else _blocks(_unwritten)
+    try:
+        for block in blocks:
+            sys.stderr.buffer.write(block)
+            sys.stderr.buffer.flush()
+    except (OSError, ValueError, AttributeError):
+        return  # a stderr that is closed, or not there, fails no request
+    finally:
+        _unwritten.clear()
 
 
-def _write_block(block: bytes) -> None:
-    sys.stderr.buffer.write(block)
-    sys.stderr.buffer.flush()
+def _blocks(lines: list[bytes]) -> list[bytes]:
+    """The lines in blocks that the kernel does not mix with what other processes write into the same pipe."""
+    blocks = [b""]
+    for line in lines:
+        if len(blocks[-1]) + len(line) > PIPE_BUF:
+            blocks.append(b"")
+        blocks[-1] += line
+    return blocks
 
 
 def _in_microseconds(seconds: float) -> float:
