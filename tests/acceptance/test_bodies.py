@@ -387,6 +387,7 @@ async def test_who_waits_in_vain_hears_why_at_once(bench: Bench, key: str | None
 async def test_who_hangs_up_before_the_body_is_whole_holds_nothing(
     bench: Bench, headers: list[str], part: bytes
 ) -> None:
+    await bench.look()
     seen, asked = len(bench.upstream.requests), bench.requests_logged()
     async with line_to(bench.gateway) as line:
         await line.say(head_of(bench.gateway, *headers) + part)

@@ -65,8 +65,10 @@ class Bench:
         async with asyncio.timeout(30), self.session.request(method, root + path, data=body, headers=headers) as answer:
             return Answer(answer.status, answer.headers.copy(), await answer.read())
 
-    def requests_logged(self) -> int:
-        """How many requests the gateway has answered."""
+    async def requests_logged(self) -> int:
+        """How many requests the gateway has answered. A line is written in the turn after its request's end."""
+        async with self.session.get(self.gateway.admin_url + "/livez") as answer:
+            assert answer.status == 200
         return sum('"message":"request"' in line for line in self.gateway.stderr.splitlines())
 
 
@@ -512,7 +514,7 @@ async def test_while_the_store_is_down_nothing_is_admitted(tmp_path: Path) -> No
 
 async def sent_by_the_sdk(bench: Bench, status: int, model: str, account: str = "default", **fields: Any) -> int:
     """How many requests the openai SDK, allowed two repeats, sends for one that fails with status."""
-    before = bench.requests_logged()
+    before = await bench.requests_logged()
     async with openai.AsyncOpenAI(
         base_url=bench.gateway.base_url, api_key=bench.keys.get(account, account), max_retries=2
     ) as client:
@@ -524,7 +526,7 @@ async def sent_by_the_sdk(bench: Bench, status: int, model: str, account: str = 
     assert isinstance(failed.value.body, dict)
     assert isinstance(failed.value.body["message"], str)
     assert failed.value.request_id is not None
-    return bench.requests_logged() - before
+    return await bench.requests_logged() - before
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])

@@ -238,8 +238,10 @@ class Bench:
         ) as answer:
             return Answer(answer.status, answer.headers.copy(), await answer.read())
 
-    def requests_logged(self) -> int:
-        """How many requests the gateway has answered."""
+    async def requests_logged(self) -> int:
+        """How many requests the gateway has answered. A line is written in the turn after its request's end."""
+        async with self.session.get(self.gateway.admin_url + "/livez") as answer:
+            assert answer.status == 200
         return sum('"message":"request"' in line for line in self.gateway.stderr.splitlines())
 
 
@@ -497,13 +499,13 @@ async def failure_of(
     bench: Bench, key: str, request: Any, kind: type[anthropic.APIStatusError], *, stream: bool, requests: int = 1
 ) -> dict[str, Any]:
     """The error that the SDK, allowed two repeats, raises after this many requests."""
-    before = bench.requests_logged()
+    before = await bench.requests_logged()
     async with sdk_of(bench.gateway, key) as client:
         with pytest.raises(kind) as failed:
             await client.messages.create(**request, stream=stream)
     assert type(failed.value) is kind
     assert failed.value.request_id is not None
-    assert bench.requests_logged() - before == requests
+    assert await bench.requests_logged() - before == requests
     error = error_of(failed.value)
     assert isinstance(error["message"], str) and isinstance(error["metadata"], dict)
     return error
