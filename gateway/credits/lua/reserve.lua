@@ -35,7 +35,8 @@ local terms = read_terms(ARGV[10])
 
 -- Streams beside each other outgrow what they first hold. So much of what is held stays free for them, and no more than
 -- so many times what the new one holds: without it, a new one would take what the others are cut for.
-local ROOM_SHARE, ROOM_AMOUNTS = 8, 8
+local ROOM_SHARE = 8
+local ROOM_AMOUNTS = 8
 
 -- Read
 local account, key_found = load_account(KEYS[1], 'k:' .. key)

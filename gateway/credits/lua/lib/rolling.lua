@@ -1,5 +1,4 @@
---#on-demand change_windows
--- Opening and closing windows. Few calls need it, once in a refresh: what is here is defined by those alone.
+-- Opening and closing windows.
 
 local function new_window(account, term, now)
   local _, finish, grant = window_at(term, now)
@@ -58,7 +57,8 @@ local function close_window(account, window)
   add_entry(account, 'close', book, postings, {})
 end
 
-local function change_windows(account, terms, now)
+-- Few calls need it, once in a refresh: what is here is defined by those alone.
+local function change_windows(account, terms, now) --#on-demand
   local old, new = account.windows, read_windows(terms)
   account.windows = {}
   for i, term in ipairs(new) do
