@@ -80,7 +80,7 @@ def _tidied(text: str) -> str:
             inside[name] = whole
         else:
             called |= _words(whole)
-    for name, whole in inside.items():
+    for whole in inside.values():
         text = text.replace(whole, _with_its_own(whole, functions, called | inside.keys()))
     return text
 

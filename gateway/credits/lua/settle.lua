@@ -22,20 +22,22 @@ local name, id, plan = ARGV[1], ARGV[2], ARGV[9]
 local cost = whole(ARGV[3], 'cost')
 local cost_at_rate = whole(ARGV[4], 'cost at rate')
 local created = whole(ARGV[6], 'creation')
-local terms = read_terms(ARGV[10])
+local terms = ARGV[10]
 
 -- Read
 local account = load_account(KEYS[1])
 if not account then return {'unknown_account'} end
-local record = read_record(KEYS[2], id)
-local now = account_ms(account)
+local stored = redis.call('HGET', KEYS[2], id)
+local record = stored and read_record(stored)
+local now = store_ms(account.seen)
 
 -- Check
 if record and record.account ~= name then return {'unknown_reservation'} end
 if not record then
   if now >= created + VOIDED_RETENTION_MS then return {'unknown_reservation'} end
+  local pinned = read_terms(terms)
   record = {
-    state = 'lost', parts = {}, from_balance = 0, rate = terms.rate, payg_allowed = terms.payg, created = created,
+    state = 'lost', parts = {}, from_balance = 0, rate = pinned.rate, payg_allowed = pinned.payg, created = created,
     key = ARGV[7], model = ARGV[8]
   }
 end

@@ -2,9 +2,10 @@
 
 -- Whether the account's windows are still those that the hold was made in.
 local function in_own_windows(account, record)
-  for _, part in ipairs(record.parts) do
-    for _, window in ipairs(account.windows) do
-      local holder = holder_of(window, part)
+  local parts, windows = record.parts, account.windows
+  for i = 1, #parts do
+    for n = 1, #windows do
+      local holder = holder_of(windows[n], parts[i])
       if holder ~= 'held' and holder ~= 'adopted' then return false end
     end
   end
@@ -42,15 +43,13 @@ local function use_part(account, record, part, used, sign, postings)
 end
 
 local function use_now(account, nano, charged, postings)
-  local part = {amount = nano, spans = {}}
-  for i, window in ipairs(account.windows) do
-    part.spans[i] = {refresh = window.refresh, epoch = window.epoch}
+  for _, window in ipairs(account.windows) do
     window.used = window.used + nano
     post(postings, 'window:' .. window.book, -nano)
     post(postings, 'used:' .. window.book, nano)
   end
   account.day_used = account.day_used + nano
-  charged.parts[#charged.parts + 1] = part
+  charged.parts[#charged.parts + 1] = {amount = nano, spans = current_spans(account)}
 end
 
 local function move_outcome(account, charged, sign, postings)

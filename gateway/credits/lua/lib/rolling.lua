@@ -4,8 +4,8 @@ local function new_window(account, term, now)
   local _, finish, grant = window_at(term, now)
   account.epoch = account.epoch + 1
   return {
-    book = digits(term.refresh), refresh = term.refresh, finish = finish, granted = grant, used = 0, held = 0, before = 0, epoch = account.epoch,
-    first = account.epoch, adopted = 0, adopted_epochs = {}
+    book = digits(term.refresh), refresh = term.refresh, finish = finish, granted = grant, used = 0, held = 0, before = 0,
+    epoch = account.epoch, first = account.epoch, adopted = 0, adopted_epochs = {}
   }
 end
 
@@ -60,7 +60,8 @@ end
 -- Few calls need it, once in a refresh: what is here is defined by those alone.
 local function change_windows(account, terms, now) --#on-demand
   local old, new = account.windows, read_windows(terms)
-  account.windows = {}
+  local epoch = (redis.call('HGET', account.key, 'epoch') or 0) + 0
+  account.windows, account.epoch = {}, epoch
   for i, term in ipairs(new) do
     local window, postings = same_length(old, term.refresh), {}
     local opens = not window or now >= window.finish
@@ -77,4 +78,5 @@ local function change_windows(account, terms, now) --#on-demand
   for _, window in ipairs(old) do
     if not same_length(new, window.refresh) then close_window(account, window) end
   end
+  if account.epoch > epoch then change(account, 'epoch', account.epoch) end
 end
