@@ -23,20 +23,6 @@
 -- and after held, until something in them changes (tail is nil then): to write nine numbers anew costs 10,000
 -- instructions, two of them 4,000.
 
-local function read_window(text)
-  local head, refresh, finish, granted, used, held, tail, before, epoch, first, adopted, epochs =
-    string.match(text, '^((%d+)|(%d+)|(%d+)|)(%d+)|(%d+)(|(%d+)|(%d+)|(%d+)|(%d+)|(.*))$')
-  local window = {
-    book = refresh, refresh = refresh + 0, finish = finish + 0, granted = granted + 0, used = used + 0, held = held + 0,
-    before = before + 0, epoch = epoch + 0, first = first + 0, adopted = adopted + 0, adopted_epochs = {}, head = head,
-    tail = tail
-  }
-  if epochs ~= '' then
-    for number in string.gmatch(epochs, '%d+') do table.insert(window.adopted_epochs, number + 0) end
-  end
-  return window
-end
-
 local function whole_window_text(window) --#on-demand
   return string.format('%d|%d|%d|%d|%d|%d|%d|%d|%d|', window.refresh, window.finish, window.granted, window.used,
     window.held, window.before, window.epoch, window.first, window.adopted) .. table.concat(window.adopted_epochs, ',')
@@ -59,12 +45,24 @@ local function load_account(key, ...)
     ...)
   if not stored[8] then return nil end
   for i = 1, 5 do stored[i] = (stored[i] or 0) + 0 end
-  local texts = {stored[6], stored[7]}
-  if texts[2] then texts[3], texts[4] = unpack(redis.call('HMGET', key, 'w3', 'w4')) end
+  local texts = {stored[6] or nil, stored[7] or nil}
+  if stored[7] then
+    local more = redis.call('HMGET', key, 'w3', 'w4')
+    texts[3], texts[4] = more[1] or nil, more[2] or nil
+  end
   local account = new_account(key, stored[8], stored, texts)
-  for i = 1, 4 do
-    if not texts[i] then break end
-    account.windows[i] = read_window(texts[i])
+  for i = 1, #texts do
+    local head, refresh, finish, granted, used, held, tail, before, epoch, first, adopted, epochs =
+      string.match(texts[i], '^((%d+)|(%d+)|(%d+)|)(%d+)|(%d+)(|(%d+)|(%d+)|(%d+)|(%d+)|(.*))$')
+    local window = {
+      book = refresh, refresh = refresh + 0, finish = finish + 0, granted = granted + 0, used = used + 0,
+      held = held + 0, before = before + 0, epoch = epoch + 0, first = first + 0, adopted = adopted + 0,
+      adopted_epochs = {}, head = head, tail = tail
+    }
+    if epochs ~= '' then
+      for number in string.gmatch(epochs, '%d+') do table.insert(window.adopted_epochs, number + 0) end
+    end
+    account.windows[i] = window
   end
   return account, stored[9]
 end
@@ -173,9 +171,16 @@ end
 
 -- The values that every reply ends with; domain/decision.py Funds reads them.
 local function funds(account, now)
-  local windows, values = account.windows, {account.plan, account.balance, account.balance_held, now, account.sequence}
-  for i = 1, #windows do
-    local window, n = windows[i], #values
+  local windows = account.windows
+  local window = windows[1]
+  if not window then return account.plan, account.balance, account.balance_held, now, account.sequence end
+  local values = {
+    account.plan, account.balance, account.balance_held, now, account.sequence, window.refresh, window.granted,
+    window.used, window.held + window.adopted, window.finish
+  }
+  for i = 2, #windows do
+    local n = #values
+    window = windows[i]
     values[n + 1], values[n + 2], values[n + 3] = window.refresh, window.granted, window.used
     values[n + 4], values[n + 5] = window.held + window.adopted, window.finish
   end

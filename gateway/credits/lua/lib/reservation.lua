@@ -114,19 +114,32 @@ local function write_ended(records, due, id, state, account, charge, now)
   redis.call('ZADD', due, now + (state == 'voided' and VOIDED_RETENTION_MS or RETENTION_MS), id)
 end
 
--- Which of a window's figures a part's hold is in: 'held', 'adopted', 'before', or nil for a later window of another
--- plan that never knew of it.
-local function holder_of(window, part)
-  local holder, spans, adopted = nil, part.spans, window.adopted_epochs
-  for i = 1, #spans do
-    local epoch = spans[i].epoch
-    if epoch == window.epoch then return 'held' end
-    if spans[i].refresh == window.refresh and epoch >= window.first then holder = holder or 'before' end
-    for n = 1, #adopted do
-      if epoch == adopted[n] then holder = 'adopted' end
+-- Note with each part in which figure of each window its hold is: 'held', 'adopted', 'before', or false for a later
+-- window of another plan that never knew of it. Whether the windows are all still those that the hold was made in.
+local function find_holders(account, record)
+  local own, parts, windows = true, record.parts, account.windows
+  for i = 1, #parts do
+    local spans, holders = parts[i].spans, {}
+    for n = 1, #windows do
+      local window, holder = windows[n], false
+      local adopted = window.adopted_epochs
+      for s = 1, #spans do
+        local epoch = spans[s].epoch
+        if epoch == window.epoch then
+          holder = 'held'
+          break
+        end
+        if spans[s].refresh == window.refresh and epoch >= window.first then holder = holder or 'before' end
+        for e = 1, #adopted do
+          if epoch == adopted[e] then holder = 'adopted' end
+        end
+      end
+      holders[n] = holder
+      own = own and (holder == 'held' or holder == 'adopted')
     end
+    parts[i].holders = holders
   end
-  return holder
+  return own
 end
 
 -- Put a record's hold into the account, or with sign -1 take it out.
@@ -135,10 +148,9 @@ local function move_hold(account, record, sign)
   account.balance_held = account.balance_held + sign * record.from_balance
   for i = 1, #parts do
     for n = 1, #windows do
-      local window, part = windows[n], parts[i]
-      local holder = holder_of(window, part)
+      local window, holder = windows[n], parts[i].holders[n]
       if holder then
-        window[holder] = window[holder] + sign * part.amount
+        window[holder] = window[holder] + sign * parts[i].amount
         if holder ~= 'held' then window.tail = nil end
       end
     end
