@@ -12,11 +12,10 @@ local terms = ARGV[3]
 read_terms(terms)
 
 -- Check
-local existing = load_account(KEYS[1])
-if existing then return {'exists', existing.plan} end
+local account, existing = load_account(KEYS[1], plan, 'plan')
+if existing then return {'exists', existing} end
 
 -- Write
-local account = new_account(KEYS[1], plan, {0, 0, 0, 0, 0}, {})
 change(account, 'plan', plan)
 local now = store_ms(0)
 add_entry(account, 'open', name, {}, {'plan', plan})

@@ -43,7 +43,7 @@ local function answer_again(account, stored, name, asked, now) --#on-demand
 end
 
 -- Read
-local account, key_found = load_account(KEYS[1], 'k:' .. key)
+local account, key_found = load_account(KEYS[1], nil, 'k:' .. key)
 if not account then return {'unknown_account'} end
 local now = store_ms(account.seen)
 local stored = redis.call('HGET', KEYS[2], id)

@@ -21,7 +21,7 @@ local terms = ARGV[6]
 read_terms(terms)
 
 -- Read
-local account, last_version = load_account(KEYS[1], 'plan_version')
+local account, last_version = load_account(KEYS[1], nil, 'plan_version')
 if not account then return {'unknown_account'} end
 last_version = (last_version or 0) + 0
 local now = store_ms(account.seen)

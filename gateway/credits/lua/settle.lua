@@ -41,18 +41,18 @@ if not record then
     key = ARGV[7], model = ARGV[8]
   }
 end
-if record.state ~= 'open' and record.state ~= 'expired' and record.state ~= 'lost' then
-  if account.plan == plan then roll(account, terms, now) end
-  return ended_reply(id, record.state, record, true, funds(account, now))
+local charged, repeated, state = record, 1, record.state
+if state == 'open' or state == 'expired' or state == 'lost' then
+  -- Write
+  local postings = {}
+  if state == 'expired' then uncharge(account, record, postings) end
+  charged, repeated, state = charge(account, record, cost, cost_at_rate, postings), 0, 'settled'
+  remember_time(account, now)
+  add_entry(account, 'settle', id, postings, {'model', record.model, 'key', record.key, 'note', ARGV[5]})
+  save_account(account, KEYS[4], name, now)
+  write_ended(KEYS[2], KEYS[3], id, 'settled', name, charged, now)
 end
-
--- Write
-local postings = {}
-if record.state == 'expired' then uncharge(account, record, postings) end
-local charged = charge(account, record, cost, cost_at_rate, postings)
-remember_time(account, now)
-add_entry(account, 'settle', id, postings, {'model', record.model, 'key', record.key, 'note', ARGV[5]})
-save_account(account, KEYS[4], name, now)
-write_ended(KEYS[2], KEYS[3], id, 'settled', name, charged, now)
 if account.plan == plan then roll(account, terms, now) end -- in the answer only: saved above
-return ended_reply(id, 'settled', charged, false, funds(account, now))
+return {
+  state, id, parts_sum(charged.parts), charged.from_balance, charged.written_off, repeated, funds(account, now)
+}

@@ -23,34 +23,19 @@
 -- and after held, until something in them changes (tail is nil then): to write nine numbers anew costs 10,000
 -- instructions, two of them 4,000.
 
-local function whole_window_text(window) --#on-demand
-  return string.format('%d|%d|%d|%d|%d|%d|%d|%d|%d|', window.refresh, window.finish, window.granted, window.used,
-    window.held, window.before, window.epoch, window.first, window.adopted) .. table.concat(window.adopted_epochs, ',')
-end
-
--- stored: the numbers that the store has, in the order of save_account; windows: its windows' texts.
-local function new_account(key, plan, stored, windows)
-  local balance, balance_held, day_used, sequence, seen = unpack(stored)
-  return {
-    key = key, plan = plan, balance = balance, balance_held = balance_held, day = seen - seen % DAY_MS,
-    day_used = day_used, sequence = sequence, seen = seen, windows = {}, totals = {}, entries = {}, changed = {},
-    stored = stored, stored_windows = windows
-  }
-end
-
--- The account, or nil; and what it has in one field more, if that was asked for. Every field costs 1,800 instructions:
--- those that few calls need are read by these calls.
-local function load_account(key, ...)
+-- The account, or nil; and what it has in one field more, if that was asked for. new_plan: there it is opened, in memory,
+-- if it is not there. Every field costs 1,800 instructions: those that few calls need are read by these calls.
+local function load_account(key, new_plan, ...)
   local stored = redis.call('HMGET', key, 'balance', 'balance_held', 'day_used', 'sequence', 'seen', 'w1', 'w2', 'plan',
     ...)
-  if not stored[8] then return nil end
-  for i = 1, 5 do stored[i] = (stored[i] or 0) + 0 end
+  local plan, windows = stored[8] or new_plan, {}
+  if not plan then return nil end
+  for i = 1, 5 do stored[i] = (stored[i] or 0) + 0 end -- the numbers, in the order of save_account
   local texts = {stored[6] or nil, stored[7] or nil}
   if stored[7] then
     local more = redis.call('HMGET', key, 'w3', 'w4')
     texts[3], texts[4] = more[1] or nil, more[2] or nil
   end
-  local account = new_account(key, stored[8], stored, texts)
   for i = 1, #texts do
     local head, refresh, finish, granted, used, held, tail, before, epoch, first, adopted, epochs =
       string.match(texts[i], '^((%d+)|(%d+)|(%d+)|)(%d+)|(%d+)(|(%d+)|(%d+)|(%d+)|(%d+)|(.*))$')
@@ -62,9 +47,13 @@ local function load_account(key, ...)
     if epochs ~= '' then
       for number in string.gmatch(epochs, '%d+') do table.insert(window.adopted_epochs, number + 0) end
     end
-    account.windows[i] = window
+    windows[i] = window
   end
-  return account, stored[9]
+  return {
+    key = key, plan = plan, balance = stored[1], balance_held = stored[2], day = stored[5] - stored[5] % DAY_MS,
+    day_used = stored[3], sequence = stored[4], seen = stored[5], windows = windows, totals = {}, entries = {},
+    changed = {}, stored = stored, stored_windows = texts
+  }, stored[9]
 end
 
 -- Have a field written that is not among the numbers of save_account.
@@ -77,30 +66,33 @@ end
 local function save_account(account, ledger, name, now)
   if #account.entries > 0 then append_entries(account, ledger, name, now) end
   local changed, fields = account.changed, {'balance', 'balance_held', 'day_used', 'sequence', 'seen'}
+  local n = #changed
   for i = 1, 5 do
     local field = fields[i]
-    if account[field] ~= account.stored[i] then
-      changed[#changed + 1] = field
-      changed[#changed + 1] = account[field]
+    local value = account[field]
+    if value ~= account.stored[i] then
+      changed[n + 1], changed[n + 2] = field, value
+      n = n + 2
     end
   end
   fields = {'w1', 'w2', 'w3', 'w4'}
-  for i = 1, 4 do
-    local window, before = account.windows[i], account.stored_windows[i]
-    if window then
-      local text = window.tail and window.head .. string.format('%d|%d', window.used, window.held) .. window.tail
-        or whole_window_text(window)
-      if text ~= before then
-        changed[#changed + 1] = fields[i]
-        changed[#changed + 1] = text
-      end
-    elseif before then
-      redis.call('HDEL', account.key, fields[i])
+  for i = 1, math.max(#account.windows, #account.stored_windows) do
+    local window, before, text = account.windows[i], account.stored_windows[i], nil
+    if window and window.tail then
+      text = window.head .. string.format('%d|%d', window.used, window.held) .. window.tail
+    elseif window then
+      text = string.format('%d|%d|%d|%d|%d|%d|%d|%d|%d|', window.refresh, window.finish, window.granted, window.used,
+        window.held, window.before, window.epoch, window.first, window.adopted)
+        .. table.concat(window.adopted_epochs, ',')
     else
-      break
+      redis.call('HDEL', account.key, fields[i])
+    end
+    if text and text ~= before then
+      changed[n + 1], changed[n + 2] = fields[i], text
+      n = n + 2
     end
   end
-  if #changed > 0 then redis.call('HSET', account.key, unpack(changed)) end
+  if n > 0 then redis.call('HSET', account.key, unpack(changed)) end
   for total, delta in pairs(account.totals) do
     if delta ~= 0 then redis.call('HINCRBY', account.key, 'total_' .. total, delta) end
   end
@@ -113,7 +105,8 @@ end
 -- The store's time in ms; or the latest time that an account has seen, should that be later.
 local function store_ms(seen)
   local time = redis.call('TIME')
-  local ms = time[1] * 1000 + math.floor(time[2] / 1000)
+  local us = time[2] + 0
+  local ms = time[1] * 1000 + (us - us % 1000) / 1000
   return ms < seen and seen or ms
 end
 
@@ -139,7 +132,7 @@ local function clocks_differ(gateway_ms)
 end
 
 -- Whether a refresh is due that must not be made.
-local function skewed(account, now, gateway_ms)
+local function skewed(account, now, gateway_ms) --#on-demand
   return now >= first_finish(account) and #account.windows > 0 and clocks_differ(gateway_ms)
 end
 

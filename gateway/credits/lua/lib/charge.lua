@@ -10,11 +10,11 @@ local function use_part(account, record, part, used, sign, postings)
     local book = window.book
     if holder == 'held' or holder == 'adopted' then
       -- A window that took another's place has not seen all that was used in that one.
-      local change = sign * used
-      if change < -window.used then change = -window.used end
-      window.used = window.used + change
-      post(postings, 'window:' .. book, -change)
-      post(postings, 'used:' .. book, change)
+      local moved = sign * used
+      if moved < -window.used then moved = -window.used end
+      window.used = window.used + moved
+      post(postings, 'window:' .. book, -moved)
+      post(postings, 'used:' .. book, moved)
       today = true
     elseif holder == 'before' then
       post(postings, 'before:' .. book, -sign * part.amount)

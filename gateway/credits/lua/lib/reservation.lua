@@ -125,10 +125,7 @@ local function find_holders(account, record)
       local adopted = window.adopted_epochs
       for s = 1, #spans do
         local epoch = spans[s].epoch
-        if epoch == window.epoch then
-          holder = 'held'
-          break
-        end
+        if epoch == window.epoch then holder = 'held' break end
         if spans[s].refresh == window.refresh and epoch >= window.first then holder = holder or 'before' end
         for e = 1, #adopted do
           if epoch == adopted[e] then holder = 'adopted' end
@@ -171,7 +168,7 @@ local function add_hold(account, record, allowance, balance)
   account.balance_held = account.balance_held + balance
 end
 
--- The reply that a reservation is over, and whatever follows.
-local function ended_reply(id, state, charge, repeated, ...)
-  return {state, id, parts_sum(charge.parts), charge.from_balance, charge.written_off, repeated and 1 or 0, ...}
+-- The reply that a reservation is over.
+local function ended_reply(id, state, charge, repeated)
+  return {state, id, parts_sum(charge.parts), charge.from_balance, charge.written_off, repeated and 1 or 0}
 end
