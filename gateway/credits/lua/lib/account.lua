@@ -39,67 +39,58 @@ local function load_account(key, new_plan, ...)
   for i = 1, #texts do
     local head, refresh, finish, granted, used, held, tail, before, epoch, first, adopted, epochs =
       string.match(texts[i], '^((%d+)|(%d+)|(%d+)|)(%d+)|(%d+)(|(%d+)|(%d+)|(%d+)|(%d+)|(.*))$')
-    local window = {
+    windows[i] = {
       book = refresh, refresh = refresh + 0, finish = finish + 0, granted = granted + 0, used = used + 0,
       held = held + 0, before = before + 0, epoch = epoch + 0, first = first + 0, adopted = adopted + 0,
-      adopted_epochs = {}, head = head, tail = tail
+      adopted_epochs = epochs, head = head, tail = tail
     }
-    if epochs ~= '' then
-      for number in string.gmatch(epochs, '%d+') do table.insert(window.adopted_epochs, number + 0) end
-    end
-    windows[i] = window
   end
   return {
     key = key, plan = plan, balance = stored[1], balance_held = stored[2], day = stored[5] - stored[5] % DAY_MS,
-    day_used = stored[3], sequence = stored[4], seen = stored[5], windows = windows, totals = {}, entries = {},
-    changed = {}, stored = stored, stored_windows = texts
+    day_used = stored[3], sequence = stored[4], seen = stored[5], windows = windows, changed = {},
+    stored = stored, stored_windows = texts
   }, stored[9]
 end
 
--- Have a field written that is not among the numbers of save_account.
+-- Have a field written when the account is saved.
 local function change(account, field, value)
-  account.changed[#account.changed + 1] = field
-  account.changed[#account.changed + 1] = value
+  local changed = account.changed
+  local n = #changed
+  changed[n + 1], changed[n + 2] = field, value
 end
 
 -- Write what changed, the ledger entries first. total_* are added with 64-bit arithmetic by the server itself.
 local function save_account(account, ledger, name, now)
-  if #account.entries > 0 then append_entries(account, ledger, name, now) end
-  local changed, fields = account.changed, {'balance', 'balance_held', 'day_used', 'sequence', 'seen'}
-  local n = #changed
-  for i = 1, 5 do
-    local field = fields[i]
-    local value = account[field]
-    if value ~= account.stored[i] then
-      changed[n + 1], changed[n + 2] = field, value
-      n = n + 2
-    end
-  end
-  fields = {'w1', 'w2', 'w3', 'w4'}
+  if account.entries then append_entries(account, ledger, name, now) end
+  local changed, stored, fields = account.changed, account.stored, {'w1', 'w2', 'w3', 'w4'}
+  if account.balance ~= stored[1] then change(account, 'balance', account.balance) end
+  if account.balance_held ~= stored[2] then change(account, 'balance_held', account.balance_held) end
+  if account.day_used ~= stored[3] then change(account, 'day_used', account.day_used) end
+  if account.sequence ~= stored[4] then change(account, 'sequence', account.sequence) end
+  if account.seen ~= stored[5] then change(account, 'seen', account.seen) end
   for i = 1, math.max(#account.windows, #account.stored_windows) do
     local window, before, text = account.windows[i], account.stored_windows[i], nil
     if window and window.tail then
       text = window.head .. string.format('%d|%d', window.used, window.held) .. window.tail
     elseif window then
       text = string.format('%d|%d|%d|%d|%d|%d|%d|%d|%d|', window.refresh, window.finish, window.granted, window.used,
-        window.held, window.before, window.epoch, window.first, window.adopted)
-        .. table.concat(window.adopted_epochs, ',')
+        window.held, window.before, window.epoch, window.first, window.adopted) .. window.adopted_epochs
     else
       redis.call('HDEL', account.key, fields[i])
     end
-    if text and text ~= before then
-      changed[n + 1], changed[n + 2] = fields[i], text
-      n = n + 2
-    end
+    if text and text ~= before then change(account, fields[i], text) end
   end
-  if n > 0 then redis.call('HSET', account.key, unpack(changed)) end
+  if #changed > 0 then redis.call('HSET', account.key, unpack(changed)) end
+  if not account.totals then return end
   for total, delta in pairs(account.totals) do
     if delta ~= 0 then redis.call('HINCRBY', account.key, 'total_' .. total, delta) end
   end
 end
 
 local function add_total(account, name, delta)
-  account.totals[name] = (account.totals[name] or 0) + delta
+  local totals = account.totals or {}
+  totals[name] = (totals[name] or 0) + delta
+  account.totals = totals
 end
 
 -- The store's time in ms; or the latest time that an account has seen, should that be later.

@@ -34,8 +34,9 @@ end
 -- Keep an entry in memory until the account is saved. used: what the windows have used by then, if they may change once
 -- more before.
 local function add_entry(account, kind, id, postings, more, used)
-  account.entries[#account.entries + 1] =
-    {kind = kind, id = id, postings = postings_text(postings), more = more, used = used}
+  local entry = {kind = kind, id = id, postings = postings_text(postings), more = more, used = used}
+  if not account.entries then account.entries = {} end
+  table.insert(account.entries, entry)
 end
 
 local function append_entries(account, ledger, name, now) --#on-demand

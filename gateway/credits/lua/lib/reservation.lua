@@ -122,13 +122,14 @@ local function find_holders(account, record)
     local spans, holders = parts[i].spans, {}
     for n = 1, #windows do
       local window, holder = windows[n], false
-      local adopted = window.adopted_epochs
       for s = 1, #spans do
         local epoch = spans[s].epoch
         if epoch == window.epoch then holder = 'held' break end
         if spans[s].refresh == window.refresh and epoch >= window.first then holder = holder or 'before' end
-        for e = 1, #adopted do
-          if epoch == adopted[e] then holder = 'adopted' end
+        if window.adopted_epochs ~= '' then
+          for adopted in string.gmatch(window.adopted_epochs, '%d+') do
+            if epoch == adopted + 0 then holder = 'adopted' end
+          end
         end
       end
       holders[n] = holder

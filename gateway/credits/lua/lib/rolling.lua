@@ -5,7 +5,7 @@ local function new_window(account, term, now)
   account.epoch = account.epoch + 1
   return {
     book = digits(term.refresh), refresh = term.refresh, finish = finish, granted = grant, used = 0, held = 0, before = 0,
-    epoch = account.epoch, first = account.epoch, adopted = 0, adopted_epochs = {}
+    epoch = account.epoch, first = account.epoch, adopted = 0, adopted_epochs = ''
   }
 end
 
@@ -37,12 +37,10 @@ local function first_window(account, term, now, old, postings)
   end
   if parent then
     opened.adopted = parent.held + parent.adopted
-    if parent.held > 0 then opened.adopted_epochs[1] = parent.epoch end
-    if parent.adopted > 0 then
-      for _, epoch in ipairs(parent.adopted_epochs) do
-        opened.adopted_epochs[#opened.adopted_epochs + 1] = epoch
-      end
-    end
+    local held_in = {}
+    if parent.held > 0 then held_in[1] = digits(parent.epoch) end
+    if parent.adopted > 0 then held_in[#held_in + 1] = parent.adopted_epochs end
+    opened.adopted_epochs = table.concat(held_in, ',')
   end
   post(postings, 'granted:' .. opened.book, opened.used - opened.granted)
   post(postings, 'window:' .. opened.book, opened.granted - opened.used)
