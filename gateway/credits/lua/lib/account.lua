@@ -7,11 +7,12 @@
 -- epoch                   number of windows that this account has opened; each window has a number of its own
 -- sequence                number of the last ledger entry
 -- seen                    latest time seen, ms: time never runs backwards for an account
--- w1 … w4                 the plan's windows, each 'refresh|finish|granted|used|…' (WINDOW below)
+-- w1 … w4                 the plan's windows, each 'refresh|finish|granted|used|…', as below
 -- total_*                 lifetime sums, nano; only ever touched by HINCRBY, never by Lua's doubles
 --
 -- A number that was never anything but 0 is not stored. In memory there is day, too: the start of that day, ms.
-
+--
+-- Of a window:
 -- refresh, finish         length and end of the window, ms
 -- granted, used, held     nano; held by reservations that were made in this window
 -- before                  nano that open reservations of ended windows of this length still hold
