@@ -42,7 +42,7 @@ local function use_now(account, nano, charged, postings) --#on-demand
     post(postings, 'used:' .. window.book, nano)
   end
   account.day_used = account.day_used + nano
-  charged.parts[#charged.parts + 1] = {amount = nano, spans = current_spans(account)}
+  charged.parts[#charged.parts + 1] = {amount = nano, at = current_spans(account)}
 end
 
 local function move_outcome(account, charged, sign, postings)
@@ -78,7 +78,7 @@ local function charge(account, record, cost, cost_at_rate, postings)
   for i, part in ipairs(record.parts) do
     local used = math.min(own, part.amount)
     use_part(account, record, part, used, 1, postings)
-    charged.parts[i] = {amount = used, spans = part.spans}
+    charged.parts[i] = {amount = used, at = part.at}
     own = own - used
   end
   if not own_windows then

@@ -14,14 +14,15 @@
 local RETENTION_MS = 86400000 -- ended records answer repeats for 24 h
 local VOIDED_RETENTION_MS = 3600000 -- those of requests that cost nothing, which anyone can make many of, for 1 h
 
--- The spans of a part know their text: to read it from a record and write it again costs a tenth of making it.
+-- at: a part's spans as the record has them. To keep that costs a tenth of making it anew from the spans, and what is
+-- held now needs no more: it is written, and read by whoever ends it.
 local function read_parts(text)
   -- Nearly all hold in one window only: one match costs a third of the loops.
   local amount, at, refresh, epoch = string.match(text, '^(%d+)@((%d+):(%d+))$')
-  if amount then return {{amount = amount + 0, spans = {{refresh = refresh + 0, epoch = epoch + 0}, text = at}}} end
+  if amount then return {{amount = amount + 0, at = at, spans = {{refresh = refresh + 0, epoch = epoch + 0}}}} end
   local parts = {}
   for amount, at in string.gmatch(text, '(%d+)@([^;]*)') do
-    local part = {amount = amount + 0, spans = {text = at}}
+    local part = {amount = amount + 0, at = at, spans = {}}
     for refresh, epoch in string.gmatch(at, '(%d+):(%d+)') do
       part.spans[#part.spans + 1] = {refresh = refresh + 0, epoch = epoch + 0}
     end
@@ -30,16 +31,13 @@ local function read_parts(text)
   return parts
 end
 
--- The spans of a part in all the current windows.
+-- The spans of a part in all the current windows, as a record has them.
 local function current_spans(account)
-  local spans, text, windows = {}, '', account.windows
+  local text, windows = '', account.windows
   for i = 1, #windows do
-    local window = windows[i]
-    spans[i] = {refresh = window.refresh, epoch = window.epoch}
-    text = text .. (i == 1 and '' or ',') .. window.book .. ':' .. string.format('%d', window.epoch)
+    text = text .. (i == 1 and '' or ',') .. windows[i].book .. ':' .. string.format('%d', windows[i].epoch)
   end
-  spans.text = text
-  return spans
+  return text
 end
 
 local function parts_text(parts)
@@ -47,7 +45,7 @@ local function parts_text(parts)
   for i = 1, #parts do
     local part = parts[i]
     if part.amount > 0 then
-      text = text .. (text == '' and '' or ';') .. string.format('%d', part.amount) .. '@' .. part.spans.text
+      text = text .. (text == '' and '' or ';') .. string.format('%d', part.amount) .. '@' .. part.at
     end
   end
   return text
@@ -157,13 +155,13 @@ end
 
 -- Hold so much more: allowance in all the current windows, and balance.
 local function add_hold(account, record, allowance, balance)
-  local spans, parts, windows = current_spans(account), record.parts, account.windows
+  local at, parts, windows = current_spans(account), record.parts, account.windows
   for i = 1, #windows do windows[i].held = windows[i].held + allowance end
   local last = parts[#parts]
-  if last and last.spans.text == spans.text then
+  if last and last.at == at then
     last.amount = last.amount + allowance
   elseif allowance > 0 then
-    parts[#parts + 1] = {amount = allowance, spans = spans}
+    parts[#parts + 1] = {amount = allowance, at = at}
   end
   record.from_balance = record.from_balance + balance
   account.balance_held = account.balance_held + balance
