@@ -24,6 +24,7 @@ from tests.engine_calls import (
     hold,
     last_entry,
     ledger,
+    lose_gateway,
     new_identity,
     settle,
     spend,
@@ -290,6 +291,28 @@ async def test_a_window_takes_over_what_was_held_in_it_and_what_that_one_had_tak
     await settle(engine, old, 550)
     funds = await operator.funds(ACCOUNT)
     assert (used(funds), held(funds)) == ([650], [0])
+    await check_books(store)
+
+
+async def test_a_window_gives_back_no_more_than_it_has_seen_used(
+    engine: CreditEngine, store: Store, acme: Identity, clock: MovableClock
+) -> None:
+    """It took the place of windows of which one had seen the charge, and another had not."""
+    await reconfigure(engine, store, BURST, DAY)
+    clock.freeze_at(NEXT_SHIFT_MS)
+    lost = await hold(engine, acme, 100)
+    await hold(engine, acme, 50, lease_ms=DAY_MS)
+    await extend(engine, lost, 0, seen=80)
+    await lose_gateway(engine, clock)
+    clock.freeze_at(NEXT_SHIFT_MS + HOUR_MS)
+    await hold(engine, acme, 1)
+    changed = await reconfigure(engine, store, Allowance("per_window", 300, HOUR_MS // 2))
+    await hold(engine, acme, 1)
+    funds = await changed.funds(ACCOUNT)
+    assert (used(funds), held(funds)) == ([0], [52])
+    assert (await changed.void_reservation(lost.id)).cost_nano == 0
+    funds = await changed.funds(ACCOUNT)
+    assert (used(funds), held(funds)) == ([0], [52])
     await check_books(store)
 
 

@@ -48,7 +48,10 @@ NUMBERS = [
     *[("set_plan", at, "{}") for at in (2, 3)],
     *[("due", at, "{}") for at in (0, 1)],
     ("credit", 3, "{}"),
-    *[(name, at, "{}|1|charge_seen|,86400000|per_window,100,86400000") for name, at in (("create", 2), ("show", 1))],
+    *[
+        (name, at, "{}|1|charge_seen|,86400000|per_window,100,86400000")
+        for name, at in (("create", 2), ("show", 1), ("set_plan", 5))
+    ],
     # The windows of a plan are read where the account's are others.
     ("set_plan", 5, "1000000|1|charge_seen|,3600000|per_window,{},3600000"),
     ("set_plan", 5, "1000000|1|charge_seen|,3600000|per_window,100,{}"),

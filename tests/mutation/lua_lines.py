@@ -49,7 +49,8 @@ TESTS = sorted(
 EQUIVALENT: dict[tuple[str, str], str] = {
     (
         "lib/reservation.lua",
-        "if amount then return {{amount = amount + 0, spans = {{refresh = refresh + 0, epoch = epoch + 0}}}} end",
+        "if amount then return {{amount = amount + 0, at = at, "
+        "spans = {{refresh = refresh + 0, epoch = epoch + 0}}}} end",
     ): "the loops below it read the same, at three times the cost",
 }
 

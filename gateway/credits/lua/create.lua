@@ -8,15 +8,16 @@ Returns {'created', funds…} | {'exists', plan} ]]
 
 assert(#KEYS == 2 and #ARGV == 3, 'create takes 2 keys and 3 arguments')
 local name, plan = ARGV[1], ARGV[2]
-local terms = read_terms(ARGV[3])
+local terms = ARGV[3]
+read_terms(terms)
 
 -- Check
-local existing = load_account(KEYS[1])
-if existing then return {'exists', existing.plan} end
+local account, existing = load_account(KEYS[1], plan, 'plan')
+if existing then return {'exists', existing} end
 
 -- Write
-local account = new_account(KEYS[1], plan)
-local now = store_ms()
+change(account, 'plan', plan)
+local now = store_ms(0)
 add_entry(account, 'open', name, {}, {'plan', plan})
 roll(account, terms, now)
 remember_time(account, now)

@@ -19,7 +19,7 @@ local totals = {grant = 'bought', refund = 'refunded', deduct = 'deducted'}
 -- Read
 local account = load_account(KEYS[1])
 if not account then return {'unknown_account'} end
-local now = account_ms(account)
+local now = store_ms(account.seen)
 
 -- Check
 local state = operation_state(KEYS[2], name, id, kind, ARGV[4])

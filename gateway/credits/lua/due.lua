@@ -12,10 +12,10 @@ assert(#KEYS == 2 and #ARGV == 2, 'due takes 2 keys and 2 arguments')
 local limit = whole(ARGV[1], 'limit')
 if clocks_differ(whole(ARGV[2], 'gateway clock')) then return {0} end
 
-local ids = redis.call('ZRANGEBYSCORE', KEYS[2], 1, store_ms(), 'LIMIT', 0, limit)
+local ids = redis.call('ZRANGEBYSCORE', KEYS[2], 1, store_ms(0), 'LIMIT', 0, limit)
 local reply = {#ids}
 for _, id in ipairs(ids) do
-  local record = read_record(KEYS[1], id)
+  local record = stored_record(KEYS[1], id)
   if record and record.state == 'open' then
     reply[#reply + 1] = id
     reply[#reply + 1] = record.account

@@ -26,14 +26,14 @@ local seen_at_rate = whole(ARGV[6], 'cost seen at rate')
 local lease = whole(ARGV[8], 'lease')
 local gateway_ms = whole(ARGV[9], 'gateway clock')
 local plan = ARGV[10]
-local terms = read_terms(ARGV[11])
+local terms = ARGV[11]
 
 -- Read
 local account = load_account(KEYS[1])
 if not account then return {'unknown_account'} end
-local record = read_record(KEYS[2], id)
+local record = stored_record(KEYS[2], id)
 if not record or record.account ~= name then return {'unknown_reservation'} end
-local now = account_ms(account)
+local now = store_ms(account.seen)
 
 -- Check
 if record.state ~= 'open' and record.state ~= 'expired' then

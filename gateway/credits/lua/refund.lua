@@ -19,9 +19,9 @@ local name, operation, id = ARGV[1], ARGV[2], ARGV[3]
 -- Read
 local account = load_account(KEYS[1])
 if not account then return {'unknown_account'} end
-local now = account_ms(account)
+local now = store_ms(account.seen)
 local state = operation_state(KEYS[2], name, operation, 'refund_request', id)
-local record = read_record(KEYS[2], id)
+local record = stored_record(KEYS[2], id)
 
 -- Check
 if state == 'conflict' then return {'conflict'} end

@@ -20,9 +20,9 @@ local name, id, verb = ARGV[1], ARGV[2], ARGV[3]
 -- Read
 local account = load_account(KEYS[1])
 if not account then return {'unknown_account'} end
-local record = read_record(KEYS[2], id)
+local record = stored_record(KEYS[2], id)
 if not record or record.account ~= name then return {'unknown_reservation'} end
-local now = account_ms(account)
+local now = store_ms(account.seen)
 
 -- Check
 local late = verb == 'void' and record.state == 'expired'

@@ -20,41 +20,42 @@ amount 10, minimum 4, allowance free 3, balance free 2: granted 5, from allowanc
 
 assert(#KEYS == 4 and #ARGV == 10, 'reserve takes 4 keys and 10 arguments')
 local name, id, asked, key, model, plan = ARGV[1], ARGV[2], ARGV[3], ARGV[6], ARGV[7], ARGV[9]
-local function or_as_before(text, before, what)
-  return text == '' and before or whole(text, what)
-end
 local listed, rated, least, least_alone, grows, key_hash =
   string.match(asked, '^([^,]*),([^,]*),([^,]*),([^,]*),([01]),(%x*)$')
 local amount = whole(listed, 'amount')
-local amount_at_rate = or_as_before(rated, amount, 'amount at rate')
-local minimum = or_as_before(least, amount_at_rate, 'minimum')
-local minimum_alone = or_as_before(least_alone, minimum, 'minimum alone')
+local amount_at_rate = rated == '' and amount or whole(rated, 'amount at rate')
+local minimum = least == '' and amount_at_rate or whole(least, 'minimum')
+local minimum_alone = least_alone == '' and minimum or whole(least_alone, 'minimum alone')
 local lease = whole(ARGV[4], 'lease')
 local gateway_ms = whole(ARGV[5], 'gateway clock')
 local terms = read_terms(ARGV[10])
 
 -- Streams beside each other outgrow what they first hold. So much of what is held stays free for them, and no more than
 -- so many times what the new one holds: without it, a new one would take what the others are cut for.
-local ROOM_SHARE, ROOM_AMOUNTS = 8, 8
+local ROOM_SHARE = 8
+local ROOM_AMOUNTS = 8
 
--- Read
-local account, key_found = load_account(KEYS[1], 'k:' .. key)
-if not account then return {'unknown_account'} end
-local now = account_ms(account)
-local record = read_record(KEYS[2], id)
-if record then
+local function answer_again(account, stored, name, asked, now) --#on-demand
+  local record = read_record(stored)
   if record.account ~= name or (record.state == 'open' and record.asked ~= asked) then return {'conflict'} end
   if record.state ~= 'open' then return {'ended', record.state} end
   return {'reserved', parts_sum(record.parts), record.from_balance, record.payg, funds(account, now)}
 end
 
+-- Read
+local account, key_found = load_account(KEYS[1], nil, 'k:' .. key)
+if not account then return {'unknown_account'} end
+local now = store_ms(account.seen)
+local stored = redis.call('HGET', KEYS[2], id)
+if stored then return answer_again(account, stored, name, asked, now) end
+
 -- Check
 if key ~= '' and not key_found then return {'unknown_key'} end
-local earlier = earlier_request(KEYS[2], name, key_hash, ARGV[8])
+local earlier = key_hash ~= '' and earlier_request(KEYS[2], name, key_hash, ARGV[8])
 if earlier then return earlier end
 if account.plan ~= plan then return {'other_plan', account.plan} end
-if skewed(account, now, gateway_ms) then return {'skewed', store_ms()} end
-roll(account, terms, now)
+if skewed(account, now, gateway_ms) then return {'skewed', store_ms(0)} end
+roll(account, ARGV[10], now)
 local allowance = allowance_free(account)
 local balance = terms.payg and balance_free(account) or 0
 local from_allowance, from_balance, covered = amount_at_rate, 0, amount
@@ -72,7 +73,7 @@ if covered < needed or allowance - from_allowance + balance - from_balance < roo
 end
 
 -- Write
-record = {
+local record = {
   state = 'open', account = name, parts = {}, from_balance = 0, payg = covered, rate = terms.rate,
   payg_allowed = terms.payg, on_lost = terms.on_lost, created = now, expires = now + lease, asked = asked, key = key,
   model = model, seen_payg = 0, seen_at_rate = 0, written_off = 0, seen_note = ''
@@ -81,5 +82,5 @@ add_hold(account, record, from_allowance, from_balance)
 remember_time(account, now)
 save_account(account, KEYS[4], name, now)
 write_record(KEYS[2], KEYS[3], id, record)
-remember_request(KEYS[2], KEYS[3], name, key_hash, ARGV[8], id, now)
+if key_hash ~= '' then remember_request(KEYS[2], KEYS[3], name, key_hash, ARGV[8], id, now) end
 return {'reserved', from_allowance, from_balance, covered, funds(account, now)}

@@ -17,27 +17,30 @@ assert(#KEYS == 4 and #ARGV == 6, 'set_plan takes 4 keys and 6 arguments')
 local name, id, plan = ARGV[1], ARGV[2], ARGV[5]
 local version = whole(ARGV[3], 'version')
 local gateway_ms = whole(ARGV[4], 'gateway clock')
-local terms = read_terms(ARGV[6])
+local terms = ARGV[6]
+read_terms(terms)
 
 -- Read
-local account = load_account(KEYS[1])
+local account, last_version = load_account(KEYS[1], nil, 'plan_version')
 if not account then return {'unknown_account'} end
-local now = account_ms(account)
+last_version = (last_version or 0) + 0
+local now = store_ms(account.seen)
 
 -- Check
 local state = operation_state(KEYS[2], name, id, 'plan', plan .. ',' .. ARGV[3])
 if state == 'conflict' then return {'conflict'} end
 if state == 'repeated' then return {'changed', 1, funds(account, now)} end
-if version == 0 then version = account.plan_version + 1 end
-if version <= account.plan_version then return {'stale', account.plan_version} end
-if skewed(account, now, gateway_ms) then return {'skewed', store_ms()} end
+if version == 0 then version = last_version + 1 end
+if version <= last_version then return {'stale', last_version} end
+if skewed(account, now, gateway_ms) then return {'skewed', store_ms(0)} end
 
 -- Write
 roll(account, terms, now)
 local postings = {}
 regrant(account, terms, now, postings)
 account.plan = plan
-account.plan_version = version
+change(account, 'plan', plan)
+change(account, 'plan_version', version)
 add_entry(account, 'plan', id, postings, {'plan', plan})
 remember_time(account, now)
 save_account(account, KEYS[4], name, now)

@@ -22,35 +22,37 @@ local name, id, plan = ARGV[1], ARGV[2], ARGV[9]
 local cost = whole(ARGV[3], 'cost')
 local cost_at_rate = whole(ARGV[4], 'cost at rate')
 local created = whole(ARGV[6], 'creation')
-local terms = read_terms(ARGV[10])
+local terms = ARGV[10]
 
 -- Read
 local account = load_account(KEYS[1])
 if not account then return {'unknown_account'} end
-local record = read_record(KEYS[2], id)
-local now = account_ms(account)
+local stored = redis.call('HGET', KEYS[2], id)
+local record = stored and read_record(stored)
+local now = store_ms(account.seen)
 
 -- Check
 if record and record.account ~= name then return {'unknown_reservation'} end
 if not record then
   if now >= created + VOIDED_RETENTION_MS then return {'unknown_reservation'} end
+  local pinned = read_terms(terms)
   record = {
-    state = 'lost', parts = {}, from_balance = 0, rate = terms.rate, payg_allowed = terms.payg, created = created,
+    state = 'lost', parts = {}, from_balance = 0, rate = pinned.rate, payg_allowed = pinned.payg, created = created,
     key = ARGV[7], model = ARGV[8]
   }
 end
-if record.state ~= 'open' and record.state ~= 'expired' and record.state ~= 'lost' then
-  if account.plan == plan then roll(account, terms, now) end
-  return ended_reply(id, record.state, record, true, funds(account, now))
+local charged, repeated, state = record, 1, record.state
+if state == 'open' or state == 'expired' or state == 'lost' then
+  -- Write
+  local postings = {}
+  if state == 'expired' then uncharge(account, record, postings) end
+  charged, repeated, state = charge(account, record, cost, cost_at_rate, postings), 0, 'settled'
+  remember_time(account, now)
+  add_entry(account, 'settle', id, postings, {'model', record.model, 'key', record.key, 'note', ARGV[5]})
+  save_account(account, KEYS[4], name, now)
+  write_ended(KEYS[2], KEYS[3], id, 'settled', name, charged, now)
 end
-
--- Write
-local postings = {}
-if record.state == 'expired' then uncharge(account, record, postings) end
-local charged = charge(account, record, cost, cost_at_rate, postings)
-remember_time(account, now)
-add_entry(account, 'settle', id, postings, {'model', record.model, 'key', record.key, 'note', ARGV[5]})
-save_account(account, KEYS[4], name, now)
-write_ended(KEYS[2], KEYS[3], id, 'settled', name, charged, now)
 if account.plan == plan then roll(account, terms, now) end -- in the answer only: saved above
-return ended_reply(id, 'settled', charged, false, funds(account, now))
+return {
+  state, id, parts_sum(charged.parts), charged.from_balance, charged.written_off, repeated, funds(account, now)
+}

@@ -7,13 +7,12 @@
 -- epoch                   number of windows that this account has opened; each window has a number of its own
 -- sequence                number of the last ledger entry
 -- seen                    latest time seen, ms: time never runs backwards for an account
--- w1 … w4                 the plan's windows, each 'refresh|finish|granted|used|…' (WINDOW below)
+-- w1 … w4                 the plan's windows, each 'refresh|finish|granted|used|…', as below
 -- total_*                 lifetime sums, nano; only ever touched by HINCRBY, never by Lua's doubles
 --
 -- A number that was never anything but 0 is not stored. In memory there is day, too: the start of that day, ms.
-
-local NUMBERS = {'plan_version', 'balance', 'balance_held', 'day_used', 'epoch', 'sequence', 'seen'}
-
+--
+-- Of a window:
 -- refresh, finish         length and end of the window, ms
 -- granted, used, held     nano; held by reservations that were made in this window
 -- before                  nano that open reservations of ended windows of this length still hold
@@ -21,102 +20,94 @@ local NUMBERS = {'plan_version', 'balance', 'balance_held', 'day_used', 'epoch',
 -- first                   number of the first window of this length since the plan has it
 -- adopted                 nano held in the window that this one replaced at a change of plan, and by what that adopted
 -- adopted_epochs          the numbers of those windows, with commas between: the last of a window's fields
--- In memory it has its length as text, too: the ledger's books are named by it.
-local WINDOW_FIELDS = {'w1', 'w2', 'w3', 'w4'}
+-- In memory it has its length as text, too: the ledger's books are named by it. head and tail are the texts before used
+-- and after held, until something in them changes (tail is nil then): to write nine numbers anew costs 10,000
+-- instructions, two of them 4,000.
 
-local function read_window(text)
-  local refresh, finish, granted, used, held, before, epoch, first, adopted, epochs =
-    string.match(text, '^(%d+)|(%d+)|(%d+)|(%d+)|(%d+)|(%d+)|(%d+)|(%d+)|(%d+)|(.*)$')
-  local window = {
-    book = refresh, refresh = refresh + 0, finish = finish + 0, granted = granted + 0, used = used + 0, held = held + 0,
-    before = before + 0, epoch = epoch + 0, first = first + 0, adopted = adopted + 0, adopted_epochs = {}
-  }
-  if epochs ~= '' then
-    for number in string.gmatch(epochs, '%d+') do table.insert(window.adopted_epochs, number + 0) end
-  end
-  return window
-end
-
-local function window_text(window)
-  return string.format('%d|%d|%d|%d|%d|%d|%d|%d|%d|', window.refresh, window.finish, window.granted, window.used,
-    window.held, window.before, window.epoch, window.first, window.adopted) .. table.concat(window.adopted_epochs, ',')
-end
-
--- stored: the account's fields as the store has them, the numbers in the order of NUMBERS and then the windows.
-local function new_account(key, plan)
-  return {
-    key = key, plan = plan, plan_version = 0, balance = 0, balance_held = 0, day = 0, day_used = 0, epoch = 0,
-    sequence = 0, seen = 0, windows = {}, totals = {}, entries = {}, stored = {0, 0, 0, 0, 0, 0, 0}
-  }
-end
-
--- The account, or nil; and what it has in one field more, if that was asked for.
-local function load_account(key, more)
-  local stored = redis.call('HMGET', key, 'plan_version', 'balance', 'balance_held', 'day_used', 'epoch', 'sequence',
-    'seen', 'w1', 'w2', 'w3', 'w4', 'plan', more or 'plan')
-  local plan = stored[12]
+-- The account, or nil; and what it has in one field more, if that was asked for. new_plan: there it is opened, in memory,
+-- if it is not there. Every field costs 1,800 instructions: those that few calls need are read by these calls.
+local function load_account(key, new_plan, ...)
+  local stored = redis.call('HMGET', key, 'balance', 'balance_held', 'day_used', 'sequence', 'seen', 'w1', 'w2', 'plan',
+    ...)
+  local plan, windows = stored[8] or new_plan, {}
   if not plan then return nil end
-  local account = new_account(key, plan)
-  account.stored = stored
-  for i = 1, #NUMBERS do
-    local name, number = NUMBERS[i], (stored[i] or 0) + 0
-    stored[i], account[name] = number, number
+  for i = 1, 5 do stored[i] = (stored[i] or 0) + 0 end -- the numbers, in the order of save_account
+  local texts = {stored[6] or nil, stored[7] or nil}
+  if stored[7] then
+    local more = redis.call('HMGET', key, 'w3', 'w4')
+    texts[3], texts[4] = more[1] or nil, more[2] or nil
   end
-  account.day = account.seen - account.seen % DAY_MS
-  for i = 1, #WINDOW_FIELDS do
-    local text = stored[#NUMBERS + i]
-    if not text then break end
-    account.windows[i] = read_window(text)
+  for i = 1, #texts do
+    local head, refresh, finish, granted, used, held, tail, before, epoch, first, adopted, epochs =
+      string.match(texts[i], '^((%d+)|(%d+)|(%d+)|)(%d+)|(%d+)(|(%d+)|(%d+)|(%d+)|(%d+)|(.*))$')
+    windows[i] = {
+      book = refresh, refresh = refresh + 0, finish = finish + 0, granted = granted + 0, used = used + 0,
+      held = held + 0, before = before + 0, epoch = epoch + 0, first = first + 0, adopted = adopted + 0,
+      adopted_epochs = epochs, head = head, tail = tail
+    }
   end
-  return account, stored[13]
+  return {
+    key = key, plan = plan, balance = stored[1], balance_held = stored[2], day = stored[5] - stored[5] % DAY_MS,
+    day_used = stored[3], sequence = stored[4], seen = stored[5], windows = windows, changed = {},
+    stored = stored, stored_windows = texts
+  }, stored[9]
+end
+
+-- Have a field written when the account is saved.
+local function change(account, field, value)
+  local changed = account.changed
+  local n = #changed
+  changed[n + 1], changed[n + 2] = field, value
 end
 
 -- Write what changed, the ledger entries first. total_* are added with 64-bit arithmetic by the server itself.
 local function save_account(account, ledger, name, now)
-  append_entries(account, ledger, name, now)
-  local stored, changed = account.stored, {}
-  if account.plan ~= stored[12] then changed = {'plan', account.plan} end
-  for i = 1, #NUMBERS do
-    local name = NUMBERS[i]
-    if account[name] ~= stored[i] then
-      changed[#changed + 1] = name
-      changed[#changed + 1] = account[name]
+  if account.entries then append_entries(account, ledger, name, now) end
+  local changed, stored, fields = account.changed, account.stored, {'w1', 'w2', 'w3', 'w4'}
+  if account.balance ~= stored[1] then change(account, 'balance', account.balance) end
+  if account.balance_held ~= stored[2] then change(account, 'balance_held', account.balance_held) end
+  if account.day_used ~= stored[3] then change(account, 'day_used', account.day_used) end
+  if account.sequence ~= stored[4] then change(account, 'sequence', account.sequence) end
+  if account.seen ~= stored[5] then change(account, 'seen', account.seen) end
+  for i = 1, math.max(#account.windows, #account.stored_windows) do
+    local window, before, text = account.windows[i], account.stored_windows[i], nil
+    if window and window.tail then
+      text = window.head .. string.format('%d|%d', window.used, window.held) .. window.tail
+    elseif window then
+      text = string.format('%d|%d|%d|%d|%d|%d|%d|%d|%d|', window.refresh, window.finish, window.granted, window.used,
+        window.held, window.before, window.epoch, window.first, window.adopted) .. window.adopted_epochs
+    else
+      redis.call('HDEL', account.key, fields[i])
     end
-  end
-  for i, field in ipairs(WINDOW_FIELDS) do
-    local window, before = account.windows[i], stored[#NUMBERS + i]
-    local text = window and window_text(window)
-    if window and text ~= before then
-      changed[#changed + 1] = field
-      changed[#changed + 1] = text
-    elseif before and not window then
-      redis.call('HDEL', account.key, field)
-    end
+    if text and text ~= before then change(account, fields[i], text) end
   end
   if #changed > 0 then redis.call('HSET', account.key, unpack(changed)) end
+  if not account.totals then return end
   for total, delta in pairs(account.totals) do
     if delta ~= 0 then redis.call('HINCRBY', account.key, 'total_' .. total, delta) end
   end
 end
 
 local function add_total(account, name, delta)
-  account.totals[name] = (account.totals[name] or 0) + delta
+  local totals = account.totals or {}
+  totals[name] = (totals[name] or 0) + delta
+  account.totals = totals
 end
 
--- The store's time in ms, and the account's: never earlier than the latest time it has seen.
-local function store_ms()
+-- The store's time in ms; or the latest time that an account has seen, should that be later.
+local function store_ms(seen)
   local time = redis.call('TIME')
-  return time[1] * 1000 + math.floor(time[2] / 1000)
-end
-
-local function account_ms(account)
-  return math.max(store_ms(), account.seen)
+  local us = time[2] + 0
+  local ms = time[1] * 1000 + (us - us % 1000) / 1000
+  return ms < seen and seen or ms
 end
 
 -- When the first of the account's windows ends, ms; without windows, the day's end.
 local function first_finish(account)
-  local finish = account.day + DAY_MS
-  for _, window in ipairs(account.windows) do finish = math.min(finish, window.finish) end
+  local finish, windows = account.day + DAY_MS, account.windows
+  for i = 1, #windows do
+    if windows[i].finish < finish then finish = windows[i].finish end
+  end
   return finish
 end
 
@@ -129,20 +120,24 @@ end
 -- clock (a failed-over replica, say) must not be allowed to refresh anyone's allowance.
 local MAX_SKEW_MS = 60000
 local function clocks_differ(gateway_ms)
-  return math.abs(store_ms() - gateway_ms) > MAX_SKEW_MS
+  return math.abs(store_ms(0) - gateway_ms) > MAX_SKEW_MS
 end
 
-local function skewed(account, now, gateway_ms)
-  return #account.windows > 0 and now >= first_finish(account) and clocks_differ(gateway_ms)
+-- Whether a refresh is due that must not be made.
+local function skewed(account, now, gateway_ms) --#on-demand
+  return now >= first_finish(account) and #account.windows > 0 and clocks_differ(gateway_ms)
 end
 
 -- What the allowance can still pay: the tightest window decides.
 local function allowance_free(account)
-  local free
-  for _, window in ipairs(account.windows) do
-    free = math.min(free or MAX_NANO, window.granted - window.used - window.held - window.adopted)
+  local free, windows = MAX_NANO, account.windows
+  if #windows == 0 then return 0 end
+  for i = 1, #windows do
+    local window = windows[i]
+    local left = window.granted - window.used - window.held - window.adopted
+    if left < free then free = left end
   end
-  return math.max(0, free or 0)
+  return free > 0 and free or 0
 end
 
 local function balance_free(account)
@@ -151,17 +146,26 @@ end
 
 -- What reservations in flight hold of what the plan may use now: of windows, the most that one holds.
 local function held_in_flight(account, terms)
-  local held = terms.payg and account.balance_held or 0
-  local most = 0
-  for _, window in ipairs(account.windows) do most = math.max(most, window.held + window.adopted) end
-  return held + most
+  local most, windows = 0, account.windows
+  for i = 1, #windows do
+    local held = windows[i].held + windows[i].adopted
+    if held > most then most = held end
+  end
+  return terms.payg and account.balance_held + most or most
 end
 
 -- The values that every reply ends with; domain/decision.py Funds reads them.
 local function funds(account, now)
-  local values = {account.plan, account.balance, account.balance_held, now, account.sequence}
-  for _, window in ipairs(account.windows) do
+  local windows = account.windows
+  local window = windows[1]
+  if not window then return account.plan, account.balance, account.balance_held, now, account.sequence end
+  local values = {
+    account.plan, account.balance, account.balance_held, now, account.sequence, window.refresh, window.granted,
+    window.used, window.held + window.adopted, window.finish
+  }
+  for i = 2, #windows do
     local n = #values
+    window = windows[i]
     values[n + 1], values[n + 2], values[n + 3] = window.refresh, window.granted, window.used
     values[n + 4], values[n + 5] = window.held + window.adopted, window.finish
   end

@@ -1,28 +1,20 @@
 -- Who pays a cost, and what that moves.
 
--- Whether the account's windows are still those that the hold was made in.
-local function in_own_windows(account, record)
-  for _, part in ipairs(record.parts) do
-    for _, window in ipairs(account.windows) do
-      local holder = holder_of(window, part)
-      if holder ~= 'held' and holder ~= 'adopted' then return false end
-    end
-  end
-  return true
-end
-
 -- Of a part of the hold that was released, take so much as used; what an ended window held beyond that lapses.
 -- sign -1 takes such a charge back.
 local function use_part(account, record, part, used, sign, postings)
   local today = record.created and record.created >= account.day
-  for _, window in ipairs(account.windows) do
-    local holder, book = holder_of(window, part), window.book
+  local windows, spans, holders = account.windows, part.spans, part.holders
+  for n = 1, #windows do
+    local window, holder = windows[n], holders[n]
+    local book = window.book
     if holder == 'held' or holder == 'adopted' then
       -- A window that took another's place has not seen all that was used in that one.
-      local change = math.max(sign * used, -window.used)
-      window.used = window.used + change
-      post(postings, 'window:' .. book, -change)
-      post(postings, 'used:' .. book, change)
+      local moved = sign * used
+      if moved < -window.used then moved = -window.used end
+      window.used = window.used + moved
+      post(postings, 'window:' .. book, -moved)
+      post(postings, 'used:' .. book, moved)
       today = true
     elseif holder == 'before' then
       post(postings, 'before:' .. book, -sign * part.amount)
@@ -30,27 +22,27 @@ local function use_part(account, record, part, used, sign, postings)
       post(postings, 'lapsed:' .. book, sign * (part.amount - used))
     end
   end
-  for _, span in ipairs(part.spans) do
-    local window = same_length(account.windows, span.refresh)
+  for s = 1, #spans do
+    local known = false
+    for n = 1, #windows do known = known or (holders[n] and windows[n].refresh == spans[s].refresh) end
     -- Its window was closed, and what it held lapsed, when the plan no longer had one of that length.
-    if not window or not holder_of(window, part) then
-      post(postings, 'lapsed:' .. digits(span.refresh), -sign * used)
-      post(postings, 'used:' .. digits(span.refresh), sign * used)
+    if not known then
+      local book = string.format('%d', spans[s].refresh)
+      post(postings, 'lapsed:' .. book, -sign * used)
+      post(postings, 'used:' .. book, sign * used)
     end
   end
   if today then account.day_used = math.max(0, account.day_used + sign * used) end
 end
 
-local function use_now(account, nano, charged, postings)
-  local part = {amount = nano, spans = {}}
-  for i, window in ipairs(account.windows) do
-    part.spans[i] = {refresh = window.refresh, epoch = window.epoch}
+local function use_now(account, nano, charged, postings) --#on-demand
+  for _, window in ipairs(account.windows) do
     window.used = window.used + nano
     post(postings, 'window:' .. window.book, -nano)
     post(postings, 'used:' .. window.book, nano)
   end
   account.day_used = account.day_used + nano
-  charged.parts[#charged.parts + 1] = part
+  charged.parts[#charged.parts + 1] = {amount = nano, at = current_spans(account)}
 end
 
 local function move_outcome(account, charged, sign, postings)
@@ -74,8 +66,8 @@ end
 -- The hold pays first: its allowance (in its own windows with what was freed there since), then its balance. Beyond it:
 -- the allowance of the windows of now, the free balance, and at last a recorded write-off: never a negative balance.
 local function charge(account, record, cost, cost_at_rate, postings)
+  local own_windows = find_holders(account, record)
   move_hold(account, record, -1)
-  local own_windows = in_own_windows(account, record)
   local available = parts_sum(record.parts)
   if own_windows then available = math.max(available, allowance_free(account)) end
   local own, rest = math.min(cost_at_rate, available), 0
@@ -83,10 +75,10 @@ local function charge(account, record, cost, cost_at_rate, postings)
   local charged = {parts = {}, from_balance = math.min(rest, record.from_balance)}
   rest = rest - charged.from_balance
 
-  for _, part in ipairs(record.parts) do
+  for i, part in ipairs(record.parts) do
     local used = math.min(own, part.amount)
     use_part(account, record, part, used, 1, postings)
-    charged.parts[#charged.parts + 1] = {amount = used, spans = part.spans}
+    charged.parts[i] = {amount = used, at = part.at}
     own = own - used
   end
   if not own_windows then
@@ -109,6 +101,7 @@ end
 
 -- Take back what a record says was charged, so that it is held again and can be charged anew.
 local function uncharge(account, record, postings)
+  find_holders(account, record)
   for _, part in ipairs(record.parts) do use_part(account, record, part, part.amount, -1, postings) end
   move_outcome(account, record, -1, postings)
   move_hold(account, record, 1)

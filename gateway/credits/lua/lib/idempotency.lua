@@ -6,12 +6,12 @@ local function idempotency_member(name, key_hash)
 end
 
 -- The reply for a request that came before with this key, or nil: it is new, or the first one was not charged.
-local function earlier_request(records, name, key_hash, body_hash)
-  local text = key_hash ~= '' and redis.call('HGET', records, idempotency_member(name, key_hash))
+local function earlier_request(records, name, key_hash, body_hash) --#on-demand
+  local text = redis.call('HGET', records, idempotency_member(name, key_hash))
   if not text then return nil end
   local body, id = string.match(text, '^(.*)|(.*)$')
   if body ~= body_hash then return {'other_body'} end
-  local record = read_record(records, id)
+  local record = stored_record(records, id)
   if not record then return nil end
   if record.state == 'open' then return {'in_progress', id, 0} end
   local cost = parts_sum(record.parts) + record.from_balance + record.written_off
@@ -19,8 +19,7 @@ local function earlier_request(records, name, key_hash, body_hash)
   return {'answered', id, cost}
 end
 
-local function remember_request(records, due, name, key_hash, body_hash, id, now)
-  if key_hash == '' then return end
+local function remember_request(records, due, name, key_hash, body_hash, id, now) --#on-demand
   local member = idempotency_member(name, key_hash)
   redis.call('HSET', records, member, body_hash .. '|' .. id)
   redis.call('ZADD', due, now + RETENTION_MS, member)

@@ -15,17 +15,18 @@ end
 
 local function postings_text(postings)
   local text = ''
-  for _, book in ipairs(postings) do
+  for i = 1, #postings do
+    local book = postings[i]
     local sum = postings[book]
-    if sum ~= 0 then text = string.format(text == '' and '%s%s %d' or '%s %s %d', text, book, sum) end
+    if sum ~= 0 then text = text .. (text == '' and '' or ' ') .. book .. ' ' .. string.format('%d', sum) end
   end
   return text
 end
 
 local function used_text(account)
-  local text = ''
-  for i, window in ipairs(account.windows) do
-    text = string.format(i == 1 and '%s%s:%d' or '%s %s:%d', text, window.book, window.used)
+  local text, windows = '', account.windows
+  for i = 1, #windows do
+    text = text .. (i == 1 and '' or ' ') .. windows[i].book .. ':' .. string.format('%d', windows[i].used)
   end
   return text
 end
@@ -33,11 +34,12 @@ end
 -- Keep an entry in memory until the account is saved. used: what the windows have used by then, if they may change once
 -- more before.
 local function add_entry(account, kind, id, postings, more, used)
-  account.entries[#account.entries + 1] =
-    {kind = kind, id = id, postings = postings_text(postings), more = more, used = used}
+  local entry = {kind = kind, id = id, postings = postings_text(postings), more = more, used = used}
+  if not account.entries then account.entries = {} end
+  table.insert(account.entries, entry)
 end
 
-local function append_entries(account, ledger, name, now)
+local function append_entries(account, ledger, name, now) --#on-demand
   for _, entry in ipairs(account.entries) do
     account.sequence = account.sequence + 1
     redis.call('XADD', ledger, '*', 'account', name, 'sequence', account.sequence, 'kind', entry.kind,

@@ -4,12 +4,13 @@
 local function roll(account, terms, now)
   local day = now - now % DAY_MS
   if day > account.day then account.day, account.day_used = day, 0 end
-  local lengths, ended = '', false
-  for _, window in ipairs(account.windows) do
-    lengths = lengths .. ',' .. window.book
-    ended = ended or now >= window.finish
+  local windows, lengths, ended = account.windows, '|', false
+  for i = 1, #windows do
+    lengths = lengths .. ',' .. windows[i].book
+    ended = ended or now >= windows[i].finish
   end
-  if ended or lengths ~= terms.lengths then change_windows(account, terms, now) end
+  -- The terms are read only where they say something new.
+  if ended or not string.find(terms, lengths .. '|', 1, true) then change_windows(account, terms, now) end
 end
 
 -- A change of plan counts at once: the windows grant what the new plan's do.
@@ -19,6 +20,6 @@ local function regrant(account, terms, now, postings)
     local _, _, grant = window_at(term, now)
     post(postings, 'granted:' .. window.book, window.granted - grant)
     post(postings, 'window:' .. window.book, grant - window.granted)
-    window.granted = grant
+    window.granted, window.tail = grant, nil
   end
 end

@@ -14,14 +14,16 @@
 local RETENTION_MS = 86400000 -- ended records answer repeats for 24 h
 local VOIDED_RETENTION_MS = 3600000 -- those of requests that cost nothing, which anyone can make many of, for 1 h
 
+-- at: a part's spans as the record has them. To keep that costs a tenth of making it anew from the spans, and what is
+-- held now needs no more: it is written, and read by whoever ends it.
 local function read_parts(text)
   -- Nearly all hold in one window only: one match costs a third of the loops.
-  local amount, refresh, epoch = string.match(text, '^(%d+)@(%d+):(%d+)$')
-  if amount then return {{amount = amount + 0, spans = {{refresh = refresh + 0, epoch = epoch + 0}}}} end
+  local amount, at, refresh, epoch = string.match(text, '^(%d+)@((%d+):(%d+))$')
+  if amount then return {{amount = amount + 0, at = at, spans = {{refresh = refresh + 0, epoch = epoch + 0}}}} end
   local parts = {}
-  for amount, spans in string.gmatch(text, '(%d+)@([^;]*)') do
-    local part = {amount = amount + 0, spans = {}}
-    for refresh, epoch in string.gmatch(spans, '(%d+):(%d+)') do
+  for amount, at in string.gmatch(text, '(%d+)@([^;]*)') do
+    local part = {amount = amount + 0, at = at, spans = {}}
+    for refresh, epoch in string.gmatch(at, '(%d+):(%d+)') do
       part.spans[#part.spans + 1] = {refresh = refresh + 0, epoch = epoch + 0}
     end
     parts[#parts + 1] = part
@@ -29,19 +31,21 @@ local function read_parts(text)
   return parts
 end
 
-local function spans_text(spans)
-  local text = ''
-  for i, span in ipairs(spans) do
-    text = string.format(i == 1 and '%s%d:%d' or '%s,%d:%d', text, span.refresh, span.epoch)
+-- The spans of a part in all the current windows, as a record has them.
+local function current_spans(account)
+  local text, windows = '', account.windows
+  for i = 1, #windows do
+    text = text .. (i == 1 and '' or ',') .. windows[i].book .. ':' .. string.format('%d', windows[i].epoch)
   end
   return text
 end
 
 local function parts_text(parts)
   local text = ''
-  for _, part in ipairs(parts) do
+  for i = 1, #parts do
+    local part = parts[i]
     if part.amount > 0 then
-      text = string.format(text == '' and '%s%d@%s' or '%s;%d@%s', text, part.amount, spans_text(part.spans))
+      text = text .. (text == '' and '' or ';') .. string.format('%d', part.amount) .. '@' .. part.at
     end
   end
   return text
@@ -49,7 +53,7 @@ end
 
 local function parts_sum(parts)
   local sum = 0
-  for _, part in ipairs(parts) do sum = sum + part.amount end
+  for i = 1, #parts do sum = sum + parts[i].amount end
   return sum
 end
 
@@ -57,9 +61,7 @@ local ENDED = '^(%a+)|([^|]*)|([^|]*)|(%d+)|(%d+)$'
 local OPEN = '^(%a+)|([^|]*)|([^|]*)|(%d+)|(%d+)|(%d*)|([01])|([^|]*)|(%d+)|(%d+)|([^|]*)|([^|]*)|([^|]*)(.*)$'
 local SEEN = '^|(%d+)|(%d+)|(%d+)|(.*)$'
 
-local function read_record(records, id)
-  local text = redis.call('HGET', records, id)
-  if not text then return nil end
+local function read_record(text)
   local state, account, parts, from_balance, payg, rate, payg_allowed, on_lost, created, expires, asked, key, model,
     seen = string.match(text, OPEN)
   if not state then
@@ -85,66 +87,87 @@ local function read_record(records, id)
   return record
 end
 
+local function stored_record(records, id)
+  local text = redis.call('HGET', records, id)
+  return text and read_record(text)
+end
+
+-- Texts are joined, and only numbers formatted: that costs half of formatting all.
 local function write_record(records, due, id, record)
   local seen = ''
   if record.state == 'expired' or record.seen_payg > 0 or record.seen_note ~= '' then
     seen = string.format('|%d|%d|%d|%s', record.seen_payg, record.seen_at_rate, record.written_off, record.seen_note)
   end
-  redis.call('HSET', records, id, string.format('%s|%s|%s|%d|%d|%s|%s|%s|%d|%d|%s|%s|%s%s', record.state,
-    record.account, parts_text(record.parts), record.from_balance, record.payg, record.rate == PPM and '' or record.rate,
-    record.payg_allowed and '1' or '0', record.on_lost, record.created, record.expires, record.asked, record.key,
-    record.model, seen))
+  redis.call('HSET', records, id, record.state .. '|' .. record.account .. '|' .. parts_text(record.parts)
+    .. string.format('|%d|%d|', record.from_balance, record.payg) .. (record.rate == PPM and '|' or record.rate .. '|')
+    .. (record.payg_allowed and '1|' or '0|') .. record.on_lost
+    .. string.format('|%d|%d|', record.created, record.expires) .. record.asked .. '|' .. record.key .. '|'
+    .. record.model .. seen)
   redis.call('ZADD', due, record.expires, id)
 end
 
 local function write_ended(records, due, id, state, account, charge, now)
-  redis.call('HSET', records, id, string.format('%s|%s|%s|%d|%d', state, account, parts_text(charge.parts),
-    charge.from_balance, charge.written_off))
+  redis.call('HSET', records, id, state .. '|' .. account .. '|' .. parts_text(charge.parts)
+    .. string.format('|%d|%d', charge.from_balance, charge.written_off))
   redis.call('ZADD', due, now + (state == 'voided' and VOIDED_RETENTION_MS or RETENTION_MS), id)
 end
 
--- Which of a window's figures a part's hold is in: 'held', 'adopted', 'before', or nil for a later window of another
--- plan that never knew of it.
-local function holder_of(window, part)
-  local holder
-  for _, span in ipairs(part.spans) do
-    if span.epoch == window.epoch then return 'held' end
-    if span.refresh == window.refresh and span.epoch >= window.first then holder = holder or 'before' end
-    for _, epoch in ipairs(window.adopted_epochs) do
-      if span.epoch == epoch then holder = 'adopted' end
+-- Note with each part in which figure of each window its hold is: 'held', 'adopted', 'before', or false for a later
+-- window of another plan that never knew of it. Whether the windows are all still those that the hold was made in.
+local function find_holders(account, record)
+  local own, parts, windows = true, record.parts, account.windows
+  for i = 1, #parts do
+    local spans, holders = parts[i].spans, {}
+    for n = 1, #windows do
+      local window, holder = windows[n], false
+      for s = 1, #spans do
+        local epoch = spans[s].epoch
+        if epoch == window.epoch then holder = 'held' break end
+        if spans[s].refresh == window.refresh and epoch >= window.first then holder = holder or 'before' end
+        if window.adopted_epochs ~= '' then
+          for adopted in string.gmatch(window.adopted_epochs, '%d+') do
+            if epoch == adopted + 0 then holder = 'adopted' end
+          end
+        end
+      end
+      holders[n] = holder
+      own = own and (holder == 'held' or holder == 'adopted')
     end
+    parts[i].holders = holders
   end
-  return holder
+  return own
 end
 
+-- Put a record's hold into the account, or with sign -1 take it out.
 local function move_hold(account, record, sign)
+  local parts, windows = record.parts, account.windows
   account.balance_held = account.balance_held + sign * record.from_balance
-  for _, part in ipairs(record.parts) do
-    for _, window in ipairs(account.windows) do
-      local holder = holder_of(window, part)
-      if holder then window[holder] = window[holder] + sign * part.amount end
+  for i = 1, #parts do
+    for n = 1, #windows do
+      local window, holder = windows[n], parts[i].holders[n]
+      if holder then
+        window[holder] = window[holder] + sign * parts[i].amount
+        if holder ~= 'held' then window.tail = nil end
+      end
     end
   end
 end
 
 -- Hold so much more: allowance in all the current windows, and balance.
 local function add_hold(account, record, allowance, balance)
-  local spans = {}
-  for i, window in ipairs(account.windows) do
-    spans[i] = {refresh = window.refresh, epoch = window.epoch}
-    window.held = window.held + allowance
-  end
-  local last = record.parts[#record.parts]
-  if last and spans_text(last.spans) == spans_text(spans) then
+  local at, parts, windows = current_spans(account), record.parts, account.windows
+  for i = 1, #windows do windows[i].held = windows[i].held + allowance end
+  local last = parts[#parts]
+  if last and last.at == at then
     last.amount = last.amount + allowance
   elseif allowance > 0 then
-    record.parts[#record.parts + 1] = {amount = allowance, spans = spans}
+    parts[#parts + 1] = {amount = allowance, at = at}
   end
   record.from_balance = record.from_balance + balance
   account.balance_held = account.balance_held + balance
 end
 
--- The reply that a reservation is over, and whatever follows.
-local function ended_reply(id, state, charge, repeated, ...)
-  return {state, id, parts_sum(charge.parts), charge.from_balance, charge.written_off, repeated and 1 or 0, ...}
+-- The reply that a reservation is over.
+local function ended_reply(id, state, charge, repeated)
+  return {state, id, parts_sum(charge.parts), charge.from_balance, charge.written_off, repeated and 1 or 0}
 end

@@ -1,12 +1,11 @@
---#on-demand change_windows
--- Opening and closing windows. Few calls need it, once in a refresh: what is here is defined by those alone.
+-- Opening and closing windows.
 
 local function new_window(account, term, now)
   local _, finish, grant = window_at(term, now)
   account.epoch = account.epoch + 1
   return {
-    book = digits(term.refresh), refresh = term.refresh, finish = finish, granted = grant, used = 0, held = 0, before = 0, epoch = account.epoch,
-    first = account.epoch, adopted = 0, adopted_epochs = {}
+    book = digits(term.refresh), refresh = term.refresh, finish = finish, granted = grant, used = 0, held = 0, before = 0,
+    epoch = account.epoch, first = account.epoch, adopted = 0, adopted_epochs = ''
   }
 end
 
@@ -38,12 +37,10 @@ local function first_window(account, term, now, old, postings)
   end
   if parent then
     opened.adopted = parent.held + parent.adopted
-    if parent.held > 0 then opened.adopted_epochs[1] = parent.epoch end
-    if parent.adopted > 0 then
-      for _, epoch in ipairs(parent.adopted_epochs) do
-        opened.adopted_epochs[#opened.adopted_epochs + 1] = epoch
-      end
-    end
+    local held_in = {}
+    if parent.held > 0 then held_in[1] = digits(parent.epoch) end
+    if parent.adopted > 0 then held_in[#held_in + 1] = parent.adopted_epochs end
+    opened.adopted_epochs = table.concat(held_in, ',')
   end
   post(postings, 'granted:' .. opened.book, opened.used - opened.granted)
   post(postings, 'window:' .. opened.book, opened.granted - opened.used)
@@ -58,9 +55,11 @@ local function close_window(account, window)
   add_entry(account, 'close', book, postings, {})
 end
 
-local function change_windows(account, terms, now)
+-- Few calls need it, once in a refresh: what is here is defined by those alone.
+local function change_windows(account, terms, now) --#on-demand
   local old, new = account.windows, read_windows(terms)
-  account.windows = {}
+  local epoch = (redis.call('HGET', account.key, 'epoch') or 0) + 0
+  account.windows, account.epoch = {}, epoch
   for i, term in ipairs(new) do
     local window, postings = same_length(old, term.refresh), {}
     local opens = not window or now >= window.finish
@@ -77,4 +76,5 @@ local function change_windows(account, terms, now)
   for _, window in ipairs(old) do
     if not same_length(new, window.refresh) then close_window(account, window) end
   end
+  if account.epoch > epoch then change(account, 'epoch', account.epoch) end
 end

@@ -5,13 +5,13 @@
 -- read where they are needed: when windows change, and the account's are of other lengths or have ended.
 
 local function read_terms(text)
-  local rate, payg, on_lost, lengths, windows = string.match(text, '^([^|]*)|([01])|([^|]*)|([^|]*)|(.*)$')
-  return {rate = whole(rate, 'rate'), payg = payg == '1', on_lost = on_lost, lengths = lengths, windows = windows}
+  local rate, payg, on_lost = string.match(text, '^([^|]*)|([01])|([^|]*)|')
+  return {rate = whole(rate, 'rate'), payg = payg == '1', on_lost = on_lost}
 end
 
 local function read_windows(terms)
   local windows = {}
-  for kind, amount, refresh in string.gmatch(terms.windows, '([^,;]*),([^,;]*),([^,;]*)') do
+  for kind, amount, refresh in string.gmatch(string.match(terms, '[^|]*$'), '([^,;]*),([^,;]*),([^,;]*)') do
     local term = {kind = kind, amount = whole(amount, 'allowance amount'), refresh = whole(refresh, 'refresh')}
     if term.refresh < 1 or DAY_MS % term.refresh ~= 0 then error('refresh does not divide a day: ' .. refresh) end
     windows[#windows + 1] = term
