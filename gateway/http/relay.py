@@ -18,7 +18,8 @@ from gateway.http.holding import CreditsEnded, StreamHold
 from gateway.http.quote import Quote
 from gateway.http.reports import Reports
 from gateway.http.settling import Settling
-from gateway.http.writing import write, write_last
+from gateway.http.writing import keeps_up, write, write_at_once, write_last
+from gateway.upstream.answer import Taker
 from gateway.upstream.client import DeadlinePassed, UpstreamAnswer, UpstreamError
 from gateway.upstream.sse import BrokenStream, EventStream, Overrun
 
@@ -152,10 +153,10 @@ class StreamRelay:
 
     async def _flow(self, stream: _Stream, hold: StreamHold) -> None:
         """Hand the client what comes, as far as it is held for. Raises what ends a stream before its end."""
-        events = stream.events
+        events, at_once = stream.events, _at_once(stream, hold)
         # The upstream's own limit does not run while the client is slow to read; this one does.
         async with asyncio.timeout(_total_s(stream)):
-            while chunk := await stream.answer.read():
+            while chunk := await stream.answer.read(at_once if stream.response.prepared else None):
                 if block := events.feed(chunk, hold.covered):
                     await self._hand_out(stream, block)
                 if events.counted > hold.enough_until or events.waiting:
@@ -197,6 +198,19 @@ class StreamRelay:
         exchange.reason = failure.code
         await write_last(stream.response, self._reports.event(exchange, failure))
         return stream.response
+
+
+def _at_once(stream: _Stream, hold: StreamHold) -> Taker:
+    """What hands the client events that need only be counted, and are held for, as they arrive."""
+    request, events = stream.request, stream.events
+
+    def take(block: bytes) -> bool:
+        if not keeps_up(request, block) or not events.takes(block, hold.enough_until):
+            return False
+        write_at_once(request, block)
+        return True
+
+    return take
 
 
 def _total_s(stream: _Stream) -> float:

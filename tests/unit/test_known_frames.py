@@ -56,6 +56,53 @@ def test_what_is_handed_out_and_counted_is_the_same(events: list[bytes], covered
     assert told(ChatStream(ASK, BOUND), events, covered) == told(Searching(ASK, BOUND), events, covered)
 
 
+@given(st.lists(st.lists(EVENTS, max_size=12), max_size=6), st.integers(0, 60))
+def test_many_at_once_are_the_same_too(blocks: list[list[bytes]], covered: int) -> None:
+    joined = [b"".join(block) for block in blocks]
+    assert told(ChatStream(ASK, BOUND), joined, covered) == told(Searching(ASK, BOUND), joined, covered)
+
+
+@given(st.lists(st.lists(EVENTS, max_size=12), max_size=6), st.integers(0, 60))
+def test_what_is_counted_does_not_depend_on_what_comes_together(blocks: list[list[bytes]], covered: int) -> None:
+    one_by_one, at_once = Searching(ASK, BOUND), ChatStream(ASK, BOUND)
+    for block in blocks:
+        try:
+            alone = b"".join(one_by_one.feed(event, covered) for event in block)
+            together = at_once.feed(b"".join(block), covered)
+        except Overrun:
+            return  # which the one says sooner
+        assert together == alone
+        assert (at_once.counted, at_once.waiting, at_once.done) == (
+            one_by_one.counted, one_by_one.waiting, one_by_one.done
+        )  # fmt: skip
+        assert at_once.wanted == one_by_one.wanted
+        assert at_once.metered(complete=False) == one_by_one.metered(complete=False)
+
+
+def test_known_events_that_come_together_are_not_searched_however_many() -> None:
+    stream = ChatStream(ASK, Bound(100, 1, 1000))
+    stream.feed(chunk("first"))
+    searched: list[bytes] = []
+    stream._searched = lambda block, covered: searched.append(block) or block  # type: ignore[method-assign,func-returns-value]
+    many = b"".join(chunk(text) for text in ("a", 'say "no"', "\n", " word") * 100)
+    other = event({"choices": [{"delta": {"role": "assistant"}}]})
+    assert stream.feed(many) == many
+    assert stream.feed(many + other + many + other[:10]) == many + other + many
+    assert searched == [other]
+    assert stream.counted == 1 + 1200
+    assert not stream.takes(chunk("b"))  # it belongs behind the part that was kept
+
+
+def test_an_event_that_waits_is_not_overtaken() -> None:
+    stream = ChatStream(ASK, BOUND)
+    assert stream.feed(chunk("a") + chunk("b"), 2) == chunk("a") + chunk("b")
+    assert stream.takes(chunk("c"), 3)
+    assert not stream.takes(chunk("d") + chunk("e"), 4)
+    assert stream.feed(chunk("d") + chunk("e"), 4) == chunk("d")
+    assert not stream.takes(chunk("f"), 10)
+    assert (stream.waiting, stream.wanted) == (True, 5)
+
+
 def test_a_known_frame_is_used() -> None:
     stream = ChatStream(ASK, BOUND)
     stream.feed(chunk("first"))
