@@ -6,8 +6,8 @@ from collections.abc import Awaitable
 from aiohttp import web
 
 _CLIENT_STALL_S = 60.0
-#: What may wait to be sent to a client that keeps up with its stream; far less than what pauses the writing.
-_KEEPS_UP_BYTES = 2**15
+#: What may wait to be sent to a client that keeps up with its stream: too little to pause the writing.
+KEEPS_UP_BYTES = 2**15
 
 
 async def write(request: web.BaseRequest, response: web.StreamResponse, block: bytes) -> None:
@@ -22,27 +22,15 @@ async def write(request: web.BaseRequest, response: web.StreamResponse, block: b
         return
     if transport is None or transport.is_closing():
         raise ConnectionResetError("the client has hung up")
-    write_at_once(request, block)
+    # Past aiohttp's writer, and without a timer unless there is something to wait for: 2 µs in place of 9.
+    transport.write(b"%x\r\n%b\r\n" % (len(block), block))
     if request.protocol.writing_paused:
         await _within_limit(writer.drain())
 
 
-def keeps_up(request: web.BaseRequest, block: bytes) -> bool:
-    """Whether a part of the answer to request, which has begun, may be written without waiting for the client."""
-    transport = request.transport
-    return (
-        transport is not None
-        and not transport.is_closing()
-        and transport.get_write_buffer_size() + len(block) < _KEEPS_UP_BYTES
-        and getattr(request.writer, "chunked", False)
-    )
-
-
-def write_at_once(request: web.BaseRequest, block: bytes) -> None:
-    """Write a part of the answer to request, as one chunk."""
-    assert request.transport is not None
-    # Past aiohttp's writer, and without a timer unless there is something to wait for: 2 µs in place of 9.
-    request.transport.write(b"%x\r\n%b\r\n" % (len(block), block))
+def chunked_transport(request: web.BaseRequest, response: web.StreamResponse) -> asyncio.Transport | None:
+    """Where chunks of the answer to request can be written past aiohttp's writer; None unless it has begun with one."""
+    return request.transport if response.prepared and getattr(request.writer, "chunked", False) else None
 
 
 async def write_last(response: web.StreamResponse, block: bytes) -> None:

@@ -22,6 +22,8 @@ class OutputCount:
 
     def __init__(self, rule: CountOutput) -> None:
         self._rule = rule
+        self._by_bytes = rule == "bytes"
+        self._bytes_each = 1 if self._by_bytes else BYTES_PER_TOKEN
         #: Events that held output.
         self.events = 0
         self._bytes = 0
@@ -34,7 +36,7 @@ class OutputCount:
     @property
     def billable(self) -> int:
         """The tokens to charge where the upstream has not told all of them: never as many as bytes makes of them."""
-        return self.tokens if self._rule == "usage" else _by_chunks(self.events, self._bytes)
+        return self.tokens if self._rule == "usage" else max(self.events, -(-self._bytes // BYTES_PER_TOKEN))
 
     def tokens_with(self, texts: Sequence[bytes]) -> int:
         """The tokens if these texts, as they stand in JSON, came too."""
@@ -47,13 +49,16 @@ class OutputCount:
         self.tokens = self._by_rule(self.events, self._bytes)
 
     def took(self, texts: int, size_bytes: int, covered: int) -> bool:
-        """Count so many texts of that size in all, unless it would make more tokens than are covered; whether they were
-        counted."""
-        events, size = self.events + texts, self._bytes + size_bytes
+        """Count so many texts of that size in all, unless that would make more tokens than are covered; whether they
+        were counted."""
+        events = self.events + texts
+        size = self._bytes + size_bytes
         tokens = self._by_rule(events, size)
         if tokens > covered:
             return False
-        self.events, self._bytes, self.tokens = events, size, tokens
+        self.events = events
+        self._bytes = size
+        self.tokens = tokens
         return True
 
     def report(self, output_tokens: int) -> None:
@@ -63,16 +68,9 @@ class OutputCount:
         self.tokens = self._by_rule(self.events, self._bytes)
 
     def _by_rule(self, events: int, size: int) -> int:
-        if self._rule == "bytes":
-            return size
-        if self._rule == "usage":
-            return self._reported + _by_chunks(events - self._events_then, size - self._bytes_then)
-        return _by_chunks(events, size)
-
-
-def _by_chunks(events: int, size: int) -> int:
-    by_size = -(-size // BYTES_PER_TOKEN)
-    return by_size if by_size > events else events
+        by_size = -((self._bytes_then - size) // self._bytes_each)
+        events -= self._events_then
+        return self._reported + (by_size if by_size > events or self._by_bytes else events)
 
 
 def size_of(text: bytes) -> int:

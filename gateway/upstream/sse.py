@@ -10,7 +10,7 @@ import sys
 from abc import ABC, abstractmethod
 from codecs import BOM_UTF8
 from collections.abc import Mapping
-from itertools import takewhile
+from itertools import repeat, takewhile
 
 import orjson
 
@@ -22,9 +22,9 @@ from gateway.upstream.count import OutputCount, size_of
 from gateway.upstream.usage.figures import Usage
 
 _EVENT_END = re.compile(rb"\r?\n\r?\n|\r\r")
-_NOT_PLAIN = re.compile(rb'["\\\r\n]')
+_not_plain = re.compile(rb'["\\\r\n]').search
 # What can stand between the quotes of a JSON string, but for nothing.
-_TEXT = re.compile(rb'(?!\Z)[^"\\\r\n]*(?:\\[^\r\n][^"\\\r\n]*)*')
+_text = re.compile(rb'(?!\Z)[^"\\\r\n]*(?:\\[^\r\n][^"\\\r\n]*)*').fullmatch
 _NAME = re.compile(rb"(?:\A|[\r\n])event:[ ]?([^\r\n]*)")
 # Data that says nothing.
 _IDLE = (b"", b"null", b"[DONE]")
@@ -37,6 +37,7 @@ MAX_EVENT_BYTES = 16 * 2**20
 
 _SEAM_BYTES = 4096
 _MOST_FRAME_BYTES = 4096
+_KNOWN_BYTES = 2**13
 # So many events in a row that are like none before them are searched one by one, to learn from them; then all at once.
 _MOST_ODD_EVENTS = 4
 # Events are not quite tokens: only a stream that runs far beyond its limit is cut.
@@ -53,27 +54,26 @@ class Overrun(Exception):
 
 @value(frozen=True, slots=True)
 class _Frame:
-    """What stands around the text of an event that holds nothing else; seam: between two such texts."""
+    """What stands around the text of an event that holds nothing else."""
 
     start: bytes
     end: bytes
-    seam: bytes
+    around_bytes: int
 
-    def texts_in(self, told: bytes) -> tuple[int, int, int]:
-        """How many texts there are at the start of told, with a seam between each, up to the first that is none; their
-        bytes, once they are unescaped; and how much of told that is."""
-        texts = told.replace(self.seam, b"") if len(told) > len(self.seam) else told
-        if texts and not _NOT_PLAIN.search(texts):
-            seams = (len(told) - len(texts)) // len(self.seam)
-            if not seams or self.start + self.end not in self.start + told + self.end:
-                return seams + 1, len(texts), len(told)
-        pieces = told.split(self.seam)
-        found = list(takewhile(_TEXT.fullmatch, pieces))
-        if len(found) < len(pieces):
-            last, end, _ = pieces[len(found)].partition(self.end)  # something else follows on it
-            found += [last] if end and _TEXT.fullmatch(last) else []
-        length = sum(map(len, found)) + len(self.seam) * (len(found) - 1)
-        return len(found), sum(map(size_of, found)), length
+    def texts_in(self, block: bytes) -> tuple[int, int, int]:
+        """How many events with nothing but another text there are at the start of block; the bytes of their texts, once
+        those are unescaped; and how many bytes of block that is."""
+        *pieces, rest = block.split(self.end)
+        texts = list(map(bytes.removeprefix, pieces, repeat(self.start)))
+        told = b"".join(texts)
+        length = len(block) - len(rest)
+        if len(told) + len(texts) * self.around_bytes == length and b"" not in texts and not _not_plain(told):
+            return len(texts), len(told), length  # as nearly always
+        texts = [piece[len(self.start) :] for piece in takewhile(self._is_whole, pieces)]
+        return len(texts), sum(map(size_of, texts)), sum(map(len, texts)) + len(texts) * self.around_bytes
+
+    def _is_whole(self, piece: bytes) -> bool:
+        return piece.startswith(self.start) and _text(piece, len(self.start)) is not None
 
 
 class EventStream(ABC):
@@ -135,8 +135,6 @@ class EventStream(ABC):
 
     def feed(self, chunk: bytes, covered: int = UNLIMITED) -> bytes:
         """Take bytes as they came; the bytes that the client may have now. Raises BrokenStream, Overrun."""
-        if self.takes(chunk, covered):
-            return chunk
         if self._parts:
             # Only around the new bytes can an event end: a large one in small pieces is not searched again and again.
             seam = self._parts[-1][-3:] + chunk
@@ -162,30 +160,32 @@ class EventStream(ABC):
         frame = self._frame_known
         if frame is None or not self._at_rest or self.done:
             return False
-        if not chunk.startswith(frame.start) or not chunk.endswith(frame.end):
+        told = chunk.removeprefix(frame.start).removesuffix(frame.end)
+        size = len(told)
+        if size != len(chunk) - frame.around_bytes:
             return False
-        told = chunk[len(frame.start) : -len(frame.end)]
-        texts, size, length = frame.texts_in(told)
-        return length == len(told) > 0 and self._took(texts, size, covered)
-
-    def _took(self, texts: int, size: int, covered: int) -> bool:
+        texts = 1
+        if size > frame.around_bytes or _not_plain(told):
+            texts, size, length = frame.texts_in(chunk)
+            if length != len(chunk):
+                return False
         count = self._count
-        return count.events + texts <= self._most_events and count.took(texts, size, covered)
+        return size > 0 and count.events + texts <= self._most_events and count.took(texts, size, covered)
 
     def _known_bytes(self, block: bytes, start: int, covered: int) -> int:
         """How long a piece of block that begins at start holds only events that are known, all covered; counts them."""
         frame = self._frame_known
         if frame is None or not block.startswith(frame.start, start) or not self._quiet():
             return 0
-        told = block[start + len(frame.start) : max(0, block.rfind(frame.end, start))]
-        texts, size, length = frame.texts_in(told)
-        if not texts or not self._took(texts, size, covered):
+        # Not all of a large block, or it would be searched again and again where every other event is of another kind.
+        texts, size, length = frame.texts_in(block[start : start + _KNOWN_BYTES])
+        if self._count.events + texts > self._most_events or not self._count.took(texts, size, covered):
             return 0
-        return len(frame.start) + length + len(frame.end)
+        return length
 
     def _learn_frame(self, block: bytes, texts: list[bytes]) -> None:
         """What stands around the text of an event that holds nothing else, for the events behind it."""
-        if len(texts) != 1 or _NOT_PLAIN.search(texts[0]) or len(block) > _MOST_FRAME_BYTES:
+        if len(texts) != 1 or _not_plain(texts[0]) or len(block) > _MOST_FRAME_BYTES:
             return
         start, quote, rest = block.partition(b'"' + texts[0] + b'"')
         if not quote or quote in rest or len(_EVENT_END.findall(block)) != 1 or not block.endswith(b"\n\n"):
@@ -193,7 +193,7 @@ class EventStream(ABC):
         # The text may stand elsewhere, too, or be a name for what has none: another one in its place must be it.
         if self._outputs(start + b'"x"' + rest) == [b"x"]:
             start, end = start + b'"', b'"' + rest
-            self._frame_known = _Frame(start, end, end + start)
+            self._frame_known = _Frame(start, end, len(start) + len(end))
 
     def release(self, covered: int) -> bytes:
         """What waited and may go out now that more is covered. Raises Overrun."""
