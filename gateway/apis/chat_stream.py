@@ -17,11 +17,11 @@ from gateway.upstream.sse import (
     MAX_EVENT_BYTES,
     BrokenStream,
     EventStream,
+    each_event,
     event_of,
     events_in,
     json_of,
     on_one_line,
-    split_events,
     unread,
 )
 from gateway.upstream.usage.billing import billed, billed_without_usage
@@ -139,7 +139,7 @@ class ChoicesStream(EventStream):
         return super()._quiet() and not self._held and self._frame is not None
 
     def _is_last(self, event: bytes) -> bool:
-        return _DONE.search(event) is not None
+        return b"[DONE]" in event and _DONE.search(event) is not None
 
     def _needs_a_look(self, block: bytes) -> bool:
         return bool(
@@ -268,7 +268,7 @@ def _finished_in(document: dict[str, Any]) -> list[int]:
 
 def _frame_of(block: bytes) -> dict[str, Any] | None:
     """What all chunks of a stream have in common, from the first event that has choices; None where there is none."""
-    for event in split_events(block):
+    for event in each_event(block):
         document = json_of(event)
         if isinstance(document, dict) and isinstance(document.get("choices"), list):
             frame = {name: document[name] for name in _FRAME_FIELDS if name in document}

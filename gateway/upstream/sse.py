@@ -9,7 +9,7 @@ import re
 import sys
 from abc import ABC, abstractmethod
 from codecs import BOM_UTF8
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import repeat, takewhile
 
 import orjson
@@ -21,7 +21,7 @@ from gateway.domain.value import value
 from gateway.upstream.count import OutputCount, size_of
 from gateway.upstream.usage.figures import Usage
 
-_EVENT_END = re.compile(rb"\r?\n\r?\n|\r\r")
+_EVENT_END = re.compile(rb"\n\r?\n|\r\r")
 _not_plain = re.compile(rb'["\\\r\n]').search
 # What can stand between the quotes of a JSON string, but for nothing.
 _text = re.compile(rb'(?!\Z)[^"\\\r\n]*(?:\\[^\r\n][^"\\\r\n]*)*').fullmatch
@@ -188,7 +188,7 @@ class EventStream(ABC):
         if len(texts) != 1 or _not_plain(texts[0]) or len(block) > _MOST_FRAME_BYTES:
             return
         start, quote, rest = block.partition(b'"' + texts[0] + b'"')
-        if not quote or quote in rest or len(_EVENT_END.findall(block)) != 1 or not block.endswith(b"\n\n"):
+        if not quote or quote in rest or _end_of_event(block, 0) < len(block) or not block.endswith(b"\n\n"):
             return
         # The text may stand elsewhere, too, or be a name for what has none: another one in its place must be it.
         if self._outputs(start + b'"x"' + rest) == [b"x"]:
@@ -300,8 +300,7 @@ class EventStream(ABC):
                 handed_out.append(block[start:end])
             else:
                 odd += 1
-                one = _EVENT_END.search(block, start) if odd <= _MOST_ODD_EVENTS else None
-                end = one.end() if one else len(block)
+                end = _end_of_event(block, start) if odd <= _MOST_ODD_EVENTS else len(block)
                 handed_out.append(self._searched(block[start:end], covered))
             start = end
         if self._waiting and start < len(block):
@@ -345,15 +344,27 @@ def _end_of_events(data: bytes) -> int:
     return max(ends, default=0)
 
 
-def split_events(block: bytes) -> list[bytes]:
+def each_event(block: bytes) -> Iterator[bytes]:
     """The events of a block, each with its blank line."""
-    events, start = [], 0
-    for end in _EVENT_END.finditer(block):
-        events.append(block[start : end.end()])
-        start = end.end()
-    if start < len(block):
-        events.append(block[start:])
-    return events
+    start = 0
+    while start < len(block):
+        end = _end_of_event(block, start)
+        yield block[start:end]
+        start = end
+
+
+def _end_of_event(block: bytes, start: int) -> int:
+    """Where the event that begins at start ends."""
+    end = block.find(b"\n\n", start)
+    if end >= 0 and block.find(b"\r", start, end) < 0:
+        return end + 2  # as nearly always, and ten times as fast
+    found = _EVENT_END.search(block, start)
+    return found.end() if found else len(block)
+
+
+def split_events(block: bytes) -> list[bytes]:
+    """The same, all at once."""
+    return list(each_event(block))
 
 
 def events_in(block: bytes) -> list[bytes]:
