@@ -144,7 +144,7 @@ class ChoicesStream(EventStream):
     def _needs_a_look(self, block: bytes) -> bool:
         return bool(
             self._held
-            or b"usage" in block
+            or (b"usage" in block and b"usage" in _NO_USAGE.sub(b"", block))
             or b"[DONE]" in block
             or b'"error"' in block
             or _FINISHED.search(block) is not None
@@ -180,13 +180,13 @@ class ChoicesStream(EventStream):
                 if self._read(document, event, finished=_FINISHED.search(line) is not None):
                     return released
                 event = self._without_running_usage(document, event)
-        return released + self._as_asked(event)
+        return released + self._shown(event)
 
-    def _as_asked(self, event: bytes) -> bytes:
-        """The event without the empty usage that upstreams put into every one of them once they are asked for any."""
-        if b'"usage"' not in event or self._ask.wants_usage or self._ask.wants_running_usage:
-            return event
-        return _NO_USAGE.sub(b"", event)
+    def _shown(self, block: bytes) -> bytes:
+        """Events without the empty usage that upstreams put into every one of them once they are asked for any."""
+        if self._ask.wants_usage or self._ask.wants_running_usage or b'"usage"' not in block:
+            return block
+        return _NO_USAGE.sub(b"", block)
 
     def _release_held(self) -> bytes:
         """The report of usage that turns out not to be the last."""

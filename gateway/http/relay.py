@@ -214,11 +214,12 @@ def _at_once(stream: _Stream, hold: StreamHold) -> Taker | None:
     until_low = hold.covered - hold.enough_until  # which stays the same
 
     def take(block: bytes) -> bool:
-        size = len(block)
-        if unsent_bytes() + size > KEEPS_UP_BYTES or is_closing() or not takes(block, hold.covered - until_low):
+        if unsent_bytes() + len(block) > KEEPS_UP_BYTES or is_closing():
             return False
-        write(b"%x\r\n%b\r\n" % (size, block))
-        return True
+        shown = takes(block, hold.covered - until_low)
+        if shown:
+            write(b"%x\r\n%b\r\n" % (len(shown), shown))
+        return bool(shown)
 
     return take
 

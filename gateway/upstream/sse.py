@@ -54,11 +54,12 @@ class Overrun(Exception):
 
 @value(frozen=True, slots=True)
 class _Frame:
-    """What stands around the text of an event that holds nothing else."""
+    """What stands around the text of an event that holds nothing else; shown: of it, what the client is shown."""
 
     start: bytes
     end: bytes
     around_bytes: int
+    shown: tuple[bytes, bytes] | None = None
 
     def texts_in(self, block: bytes) -> tuple[int, int, int]:
         """How many events with nothing but another text there are at the start of block; the bytes of their texts, once
@@ -150,32 +151,35 @@ class EventStream(ABC):
         self._at_rest = self._quiet() and not self._parts
         return handed_out
 
-    def takes(self, chunk: bytes, covered: int = UNLIMITED) -> bool:
-        """Whether chunk is nothing but events that differ from one before them in nothing but a text, all covered;
-        counts them then, and the client may have chunk as it is.
+    def takes(self, chunk: bytes, covered: int = UNLIMITED) -> bytes:
+        """What the client may have of chunk if it is nothing but events that differ from one before them in nothing but
+        a text, all covered: then they are counted. Else b"", and chunk must be fed.
 
         A text changes nothing of what an event means. So most events of a stream need not be searched for what they
         hold: 1 µs in place of 6; and many that come together are as good as one.
         """
         frame = self._frame_known
         if frame is None or not self._at_rest or self.done:
-            return False
+            return b""
         told = chunk.removeprefix(frame.start).removesuffix(frame.end)
         size = len(told)
         if size != len(chunk) - frame.around_bytes:
-            return False
+            return b""
         texts = 1
         if size > frame.around_bytes or _not_plain(told):
             texts, size, length = frame.texts_in(chunk)
             if length != len(chunk):
-                return False
+                return b""
         count = self._count
-        return size > 0 and count.events + texts <= self._most_events and count.took(texts, size, covered)
+        if not size or count.events + texts > self._most_events or not count.took(texts, size, covered):
+            return b""
+        if frame.shown is None:
+            return chunk
+        return frame.shown[0] + told + frame.shown[1] if texts == 1 else self._shown(chunk)
 
-    def _known_bytes(self, block: bytes, start: int, covered: int) -> int:
-        """How long a piece of block that begins at start holds only events that are known, all covered; counts them."""
-        frame = self._frame_known
-        if frame is None or not block.startswith(frame.start, start) or not self._quiet():
+    def _known_bytes(self, frame: _Frame, block: bytes, start: int, covered: int) -> int:
+        """How long block, from start on, holds only events with that frame, all covered; counts them."""
+        if not block.startswith(frame.start, start) or not self._quiet():
             return 0
         # Not all of a large block, or it would be searched again and again where every other event is of another kind.
         texts, size, length = frame.texts_in(block[start : start + _KNOWN_BYTES])
@@ -193,7 +197,8 @@ class EventStream(ABC):
         # The text may stand elsewhere, too, or be a name for what has none: another one in its place must be it.
         if self._outputs(start + b'"x"' + rest) == [b"x"]:
             start, end = start + b'"', b'"' + rest
-            self._frame_known = _Frame(start, end, len(start) + len(end))
+            shown = self._shown(start), self._shown(end)
+            self._frame_known = _Frame(start, end, len(start) + len(end), None if shown == (start, end) else shown)
 
     def release(self, covered: int) -> bytes:
         """What waited and may go out now that more is covered. Raises Overrun."""
@@ -242,6 +247,10 @@ class EventStream(ABC):
 
     def _meet(self, block: bytes) -> None:  # noqa: B027 – most have nothing to note
         """Take note of a block of whole events before anything else is done with it."""
+
+    def _shown(self, block: bytes) -> bytes:
+        """What the client is shown of events that need no look, or of a part of one."""
+        return block
 
     def _quiet(self) -> bool:
         """Whether nothing is kept back, and the stream goes on."""
@@ -295,9 +304,10 @@ class EventStream(ABC):
         """What to hand out of a block: known events at once, however many; the others searched."""
         handed_out, start, odd = [], 0, 0
         while start < len(block) and not (self._waiting or self.done):
-            if known := self._known_bytes(block, start, covered):
+            frame = self._frame_known
+            if frame is not None and (known := self._known_bytes(frame, block, start, covered)):
                 odd, end = 0, start + known
-                handed_out.append(block[start:end])
+                handed_out.append(block[start:end] if frame.shown is None else self._shown(block[start:end]))
             else:
                 odd += 1
                 end = _end_of_event(block, start) if odd <= _MOST_ODD_EVENTS else len(block)
@@ -315,7 +325,7 @@ class EventStream(ABC):
             return self._one_by_one(split_events(block), covered)
         self._count.add(texts)
         self._learn_frame(block, texts)
-        return block
+        return self._shown(block)
 
     def _one_by_one(self, events: list[bytes], covered: int) -> bytes:
         """What to hand out of events, as far as they are covered; the rest waits."""
