@@ -197,7 +197,7 @@ class UpstreamAnswer:
     def take(self, block: bytes) -> bool:
         """A part of the body has come; whether more is wanted now."""
         taker = self._taker
-        # What is taken here needs no future, no turn of the loop and no task: 5 µs.
+        # What is taken here needs no future, no turn of the loop and no task: a third of what an event cost.
         if taker is not None and self._waiter is not None and not self._waiter.done() and taker(block):
             return True
         self._pieces.append(block)
