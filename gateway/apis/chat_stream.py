@@ -17,11 +17,11 @@ from gateway.upstream.sse import (
     MAX_EVENT_BYTES,
     BrokenStream,
     EventStream,
+    each_event,
     event_of,
     events_in,
     json_of,
     on_one_line,
-    split_events,
     unread,
 )
 from gateway.upstream.usage.billing import billed, billed_without_usage
@@ -139,12 +139,12 @@ class ChoicesStream(EventStream):
         return super()._quiet() and not self._held and self._frame is not None
 
     def _is_last(self, event: bytes) -> bool:
-        return _DONE.search(event) is not None
+        return b"[DONE]" in event and _DONE.search(event) is not None
 
     def _needs_a_look(self, block: bytes) -> bool:
         return bool(
             self._held
-            or b"usage" in block
+            or (b"usage" in block and b"usage" in _NO_USAGE.sub(b"", block))
             or b"[DONE]" in block
             or b'"error"' in block
             or _FINISHED.search(block) is not None
@@ -180,13 +180,13 @@ class ChoicesStream(EventStream):
                 if self._read(document, event, finished=_FINISHED.search(line) is not None):
                     return released
                 event = self._without_running_usage(document, event)
-        return released + self._as_asked(event)
+        return released + self._shown(event)
 
-    def _as_asked(self, event: bytes) -> bytes:
-        """The event without the empty usage that upstreams put into every one of them once they are asked for any."""
-        if b'"usage"' not in event or self._ask.wants_usage or self._ask.wants_running_usage:
-            return event
-        return _NO_USAGE.sub(b"", event)
+    def _shown(self, block: bytes) -> bytes:
+        """Events without the empty usage that upstreams put into every one of them once they are asked for any."""
+        if self._ask.wants_usage or self._ask.wants_running_usage or b'"usage"' not in block:
+            return block
+        return _NO_USAGE.sub(b"", block)
 
     def _release_held(self) -> bytes:
         """The report of usage that turns out not to be the last."""
@@ -268,7 +268,7 @@ def _finished_in(document: dict[str, Any]) -> list[int]:
 
 def _frame_of(block: bytes) -> dict[str, Any] | None:
     """What all chunks of a stream have in common, from the first event that has choices; None where there is none."""
-    for event in split_events(block):
+    for event in each_event(block):
         document = json_of(event)
         if isinstance(document, dict) and isinstance(document.get("choices"), list):
             frame = {name: document[name] for name in _FRAME_FIELDS if name in document}

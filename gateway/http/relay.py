@@ -18,7 +18,8 @@ from gateway.http.holding import CreditsEnded, StreamHold
 from gateway.http.quote import Quote
 from gateway.http.reports import Reports
 from gateway.http.settling import Settling
-from gateway.http.writing import write, write_last
+from gateway.http.writing import KEEPS_UP_BYTES, chunked_transport, write, write_last
+from gateway.upstream.answer import Taker
 from gateway.upstream.client import DeadlinePassed, UpstreamAnswer, UpstreamError
 from gateway.upstream.sse import BrokenStream, EventStream, Overrun
 
@@ -153,10 +154,10 @@ class StreamRelay:
 
     async def _flow(self, stream: _Stream, hold: StreamHold) -> None:
         """Hand the client what comes, as far as it is held for. Raises what ends a stream before its end."""
-        events = stream.events
+        events, at_once = stream.events, None
         # The upstream's own limit does not run while the client is slow to read; this one does.
         async with asyncio.timeout(_total_s(stream)):
-            while chunk := await stream.answer.read():
+            while chunk := await stream.answer.read(at_once):
                 if block := events.feed(chunk, hold.covered):
                     await self._hand_out(stream, block)
                 if events.counted > hold.enough_until or events.waiting:
@@ -165,6 +166,7 @@ class StreamRelay:
                     await self._await_cover(stream, hold)
                 if events.done:
                     return
+                at_once = at_once or _at_once(stream, hold)
             if block := events.end(hold.covered):
                 await self._hand_out(stream, block)
             await self._await_cover(stream, hold)
@@ -198,6 +200,29 @@ class StreamRelay:
         exchange.reason = failure.code
         await write_last(stream.response, self._reports.event(exchange, failure))
         return stream.response
+
+
+def _at_once(stream: _Stream, hold: StreamHold) -> Taker | None:
+    """What hands the client events as they arrive, without the relay: those that need only be counted, while enough is
+    held and the client keeps up. None where there is no such way."""
+    transport = chunked_transport(stream.request, stream.response)
+    if transport is None:
+        return None
+    # Looked up once for all events.
+    takes, is_closing, unsent_bytes, write = (
+        stream.events.takes, transport.is_closing, transport.get_write_buffer_size, transport.write
+    )  # fmt: skip
+    until_low = hold.covered - hold.enough_until  # which stays the same
+
+    def take(block: bytes) -> bool:
+        if unsent_bytes() + len(block) > KEEPS_UP_BYTES or is_closing():
+            return False
+        shown = takes(block, hold.covered - until_low)
+        if shown:
+            write(b"%x\r\n%b\r\n" % (len(shown), shown))
+        return bool(shown)
+
+    return take
 
 
 def _total_s(stream: _Stream) -> float:

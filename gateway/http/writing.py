@@ -6,6 +6,8 @@ from collections.abc import Awaitable
 from aiohttp import web
 
 _CLIENT_STALL_S = 60.0
+#: What may wait to be sent to a client that keeps up with its stream: too little to pause the writing.
+KEEPS_UP_BYTES = 2**15
 
 
 async def write(request: web.BaseRequest, response: web.StreamResponse, block: bytes) -> None:
@@ -24,6 +26,11 @@ async def write(request: web.BaseRequest, response: web.StreamResponse, block: b
     transport.write(b"%x\r\n%b\r\n" % (len(block), block))
     if request.protocol.writing_paused:
         await _within_limit(writer.drain())
+
+
+def chunked_transport(request: web.BaseRequest, response: web.StreamResponse) -> asyncio.Transport | None:
+    """Where chunks of the answer to request can be written past aiohttp's writer; None unless it has begun with one."""
+    return request.transport if response.prepared and getattr(request.writer, "chunked", False) else None
 
 
 async def write_last(response: web.StreamResponse, block: bytes) -> None:

@@ -1,7 +1,7 @@
 """An upstream's answer: what its reader waits for, and until when."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Protocol
 
 from multidict import CIMultiDict
@@ -13,6 +13,10 @@ from gateway.upstream.errors import DeadlinePassed, UpstreamError, UpstreamTimeo
 READ_AHEAD_BYTES = 2**16
 #: The loop's clock ticks in milliseconds, and timers may come half a tick early.
 _TICK_S = 0.001
+
+
+#: Takes a piece of a body at once, or says that it does not; never waits, never raises.
+Taker = Callable[[bytes], bool]
 
 
 class Line(Protocol):
@@ -33,7 +37,7 @@ class UpstreamAnswer:
 
     __slots__ = (
         "_deadline", "_decoder", "_ended", "_error", "_fields", "_headers", "_held", "_idle_s", "_line", "_loop",
-        "_most_bytes", "_pieces", "_waiter", "heard_at", "status",
+        "_most_bytes", "_pieces", "_taker", "_waiter", "heard_at", "status",
     )  # fmt: skip
 
     def __init__(self, loop: asyncio.AbstractEventLoop, line: Line, idle_s: float, deadline: float) -> None:
@@ -51,6 +55,7 @@ class UpstreamAnswer:
         self._most_bytes = -1
         self._decoder: Decoder | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._taker: Taker | None = None
         self._error: UpstreamError | None = None
         self._ended = False
 
@@ -80,15 +85,20 @@ class UpstreamAnswer:
             self._pieces.clear()
             self._cut(UpstreamUnavailable("the answer was given up"))
 
-    async def read(self) -> bytes:
+    async def read(self, taker: Taker | None = None) -> bytes:
         """All of the body that has come since the last time; waits where that is nothing. b"" at its end.
 
-        Raises UpstreamError.
+        taker: gets what comes meanwhile as it comes. The reader is woken with the first piece that it does not take, as
+        with any of a body that is packed. Raises UpstreamError.
         """
         if self._decoder is not None:
             return await self._read_packed(self._decoder)
         if not self._pieces and not self._ended:
-            await self._wait()
+            self._taker = taker
+            try:
+                await self._wait()
+            finally:
+                self._taker = None
         return self._block()
 
     async def chunks(self) -> AsyncIterator[bytes]:
@@ -186,6 +196,10 @@ class UpstreamAnswer:
 
     def take(self, block: bytes) -> bool:
         """A part of the body has come; whether more is wanted now."""
+        taker = self._taker
+        # What is taken here needs no future, no turn of the loop and no task: a third of what an event cost.
+        if taker is not None and self._waiter is not None and not self._waiter.done() and taker(block):
+            return True
         self._pieces.append(block)
         self._held += len(block)
         if self._most_bytes < 0:

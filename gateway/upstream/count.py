@@ -22,7 +22,10 @@ class OutputCount:
 
     def __init__(self, rule: CountOutput) -> None:
         self._rule = rule
-        self._events = 0
+        self._by_bytes = rule == "bytes"
+        self._bytes_each = 1 if self._by_bytes else BYTES_PER_TOKEN
+        #: Events that held output.
+        self.events = 0
         self._bytes = 0
         #: The tokens so far, by the rule.
         self.tokens = 0
@@ -31,55 +34,46 @@ class OutputCount:
         self._bytes_then = 0
 
     @property
-    def events(self) -> int:
-        """Events that held output."""
-        return self._events
-
-    @property
     def billable(self) -> int:
         """The tokens to charge where the upstream has not told all of them: never as many as bytes makes of them."""
-        return self.tokens if self._rule == "usage" else _by_chunks(self._events, self._bytes)
+        return self.tokens if self._rule == "usage" else max(self.events, -(-self._bytes // BYTES_PER_TOKEN))
 
     def tokens_with(self, texts: Sequence[bytes]) -> int:
         """The tokens if these texts, as they stand in JSON, came too."""
-        return self._by_rule(self._events + len(texts), self._bytes + sum(map(_size, texts)))
+        return self._by_rule(self.events + len(texts), self._bytes + sum(map(size_of, texts)))
 
     def add(self, texts: Sequence[bytes]) -> None:
         """Count texts that are not empty, as they stand in JSON."""
-        self._events += len(texts)
-        self._bytes += sum(map(_size, texts))
-        self.tokens = self._by_rule(self._events, self._bytes)
+        self.events += len(texts)
+        self._bytes += sum(map(size_of, texts))
+        self.tokens = self._by_rule(self.events, self._bytes)
 
-    def took(self, size_bytes: int, covered: int) -> bool:
-        """Count one text of that size, unless it would make more tokens than are covered; whether it was counted."""
-        tokens = self._by_rule(self._events + 1, self._bytes + size_bytes)
+    def took(self, texts: int, size_bytes: int, covered: int) -> bool:
+        """Count so many texts of that size in all, unless that would make more tokens than are covered; whether they
+        were counted."""
+        events = self.events + texts
+        size = self._bytes + size_bytes
+        tokens = self._by_rule(events, size)
         if tokens > covered:
             return False
-        self._events += 1
-        self._bytes += size_bytes
+        self.events = events
+        self._bytes = size
         self.tokens = tokens
         return True
 
     def report(self, output_tokens: int) -> None:
         """Take what the upstream says of all output up to now."""
         self._reported = output_tokens
-        self._events_then, self._bytes_then = self._events, self._bytes
-        self.tokens = self._by_rule(self._events, self._bytes)
+        self._events_then, self._bytes_then = self.events, self._bytes
+        self.tokens = self._by_rule(self.events, self._bytes)
 
     def _by_rule(self, events: int, size: int) -> int:
-        if self._rule == "bytes":
-            return size
-        if self._rule == "usage":
-            return self._reported + _by_chunks(events - self._events_then, size - self._bytes_then)
-        return _by_chunks(events, size)
+        by_size = -((self._bytes_then - size) // self._bytes_each)
+        events -= self._events_then
+        return self._reported + (by_size if by_size > events or self._by_bytes else events)
 
 
-def _by_chunks(events: int, size: int) -> int:
-    by_size = -(-size // BYTES_PER_TOKEN)
-    return by_size if by_size > events else events
-
-
-def _size(text: bytes) -> int:
+def size_of(text: bytes) -> int:
     """Bytes of a JSON string's text, once it is unescaped."""
     if b"\\" not in text:
         return len(text)

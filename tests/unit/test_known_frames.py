@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from gateway.apis.chat_stream import ChatStream
 from gateway.apis.messages_stream import MessageStream
 from gateway.apis.transcriptions import TranscriptStream
+from gateway.config.model import CountOutput
 from gateway.domain.metered import Metered
 from gateway.domain.request import Ask, Bound
 from gateway.upstream.sse import EventStream, Overrun
@@ -17,10 +18,13 @@ ASK = Ask("chat", "m", 400, stream=True)
 
 
 class Searching(ChatStream):
-    """Searches every event."""
+    """Searches every event, by itself."""
 
     def _learn_frame(self, block: bytes, texts: list[bytes]) -> None:
         pass
+
+    def _needs_a_look(self, block: bytes) -> bool:
+        return True
 
 
 def event(document: object) -> bytes:
@@ -31,29 +35,98 @@ def chunk(text: str, **beside: object) -> bytes:
     return event({"id": "1", "model": "m", "choices": [{"index": 0, "delta": {"content": text}}], **beside})
 
 
+TEXTS = st.sampled_from(["a", " word", "", "data", "usage", "[DONE]", "1", "m", 'say "no"', "\\", "é", "\n", "null"])
 EVENTS = st.one_of(
-    st.builds(
-        chunk, st.sampled_from(["a", " word", "", "data", "usage", "[DONE]", "1", "m", 'say "no"', "\\", "é", "\n"])
-    ),
+    st.builds(chunk, TEXTS),
+    st.builds(chunk, TEXTS, usage=st.none()),
     st.builds(chunk, st.text(max_size=6), logprobs=st.just({"content": [{"token": "a"}]})),
     st.just(chunk("", usage={"prompt_tokens": 3, "completion_tokens": 4})),
     st.just(b": a comment\n\n"),
     st.just(b"data: [DONE]\n\n"),
 )
+#: Of one kind as a rule, as streams are.
+STREAMS = st.one_of(
+    st.lists(EVENTS, max_size=12),
+    st.lists(st.builds(chunk, TEXTS), max_size=30),
+    st.lists(st.builds(chunk, TEXTS, usage=st.none()), max_size=30),
+)
+ASKS = st.builds(
+    lambda usage, running: Ask("chat", "m", 400, stream=True, wants_usage=usage, wants_running_usage=running),
+    st.booleans(),
+    st.booleans(),
+)
+RULES: st.SearchStrategy[CountOutput] = st.sampled_from(["chunks", "bytes", "usage", "maximum"])
+
+
+def fed(stream: EventStream, block: bytes, covered: int) -> bytes:
+    """What the client may have of block, the short way where there is one."""
+    return stream.takes(block, covered) or stream.feed(block, covered)
 
 
 def told(stream: EventStream, blocks: list[bytes], covered: int) -> list[object]:
     said: list[object] = []
     try:
-        said += [(stream.feed(block, covered), stream.counted, stream.waiting, stream.done) for block in blocks]
+        said += [(fed(stream, block, covered), stream.counted, stream.waiting, stream.done) for block in blocks]
     except Overrun:
         said.append("overrun")
     return [*said, stream.metered(complete=False)]
 
 
-@given(st.lists(EVENTS, max_size=12), st.integers(0, 12))
-def test_what_is_handed_out_and_counted_is_the_same(events: list[bytes], covered: int) -> None:
-    assert told(ChatStream(ASK, BOUND), events, covered) == told(Searching(ASK, BOUND), events, covered)
+@given(STREAMS, st.integers(0, 60), ASKS, RULES)
+def test_what_is_handed_out_and_counted_is_the_same(
+    events: list[bytes], covered: int, ask: Ask, rule: CountOutput
+) -> None:
+    assert told(ChatStream(ask, BOUND, rule), events, covered) == told(Searching(ask, BOUND, rule), events, covered)
+
+
+@given(st.lists(STREAMS, max_size=4), st.integers(0, 60), ASKS, RULES)
+def test_what_is_counted_does_not_depend_on_what_comes_together(
+    blocks: list[list[bytes]], covered: int, ask: Ask, rule: CountOutput
+) -> None:
+    one_by_one, at_once = Searching(ask, BOUND, rule), ChatStream(ask, BOUND, rule)
+    for block in blocks:
+        try:
+            alone = b"".join(one_by_one.feed(event, covered) for event in block)
+            together = fed(at_once, b"".join(block), covered)
+        except Overrun:
+            return  # which the one says sooner
+        assert together == alone
+        for name in ("counted", "waiting", "wanted", "done"):
+            assert getattr(at_once, name) == getattr(one_by_one, name)
+        assert at_once.metered(complete=False) == one_by_one.metered(complete=False)
+
+
+def test_an_empty_usage_that_the_client_did_not_ask_for_is_kept_from_every_event() -> None:
+    stream = ChatStream(ASK, Bound(100, 1, 1000))
+    assert stream.feed(chunk("a", usage=None)) == chunk("a")
+    assert stream.takes(chunk("b", usage=None)) == chunk("b")
+    assert stream.takes(chunk("b", usage=None) + chunk("c", usage=None)) == chunk("b") + chunk("c")
+    assert stream.feed(chunk("d", usage=None) + chunk("e", usage=None)) == chunk("d") + chunk("e")
+    assert stream.counted == 6
+
+
+def test_known_events_that_come_together_are_not_searched_however_many() -> None:
+    stream = ChatStream(ASK, Bound(100, 1, 1000))
+    stream.feed(chunk("first"))
+    searched: list[bytes] = []
+    stream._searched = lambda block, covered: searched.append(block) or block  # type: ignore[method-assign,func-returns-value]
+    many = b"".join(chunk(text) for text in ("a", 'say "no"', "\n", " word") * 100)
+    other = event({"choices": [{"delta": {"role": "assistant"}}]})
+    assert stream.feed(many) == many
+    assert stream.feed(many + other + many + other[:10]) == many + other + many
+    assert searched == [other]
+    assert stream.counted == 1 + 1200
+    assert not stream.takes(chunk("b"))  # it belongs behind the part that was kept
+
+
+def test_an_event_that_waits_is_not_overtaken() -> None:
+    stream = ChatStream(ASK, BOUND)
+    assert stream.feed(chunk("a") + chunk("b"), 2) == chunk("a") + chunk("b")
+    assert stream.takes(chunk("c"), 3)
+    assert not stream.takes(chunk("d") + chunk("e"), 4)
+    assert stream.feed(chunk("d") + chunk("e"), 4) == chunk("d")
+    assert not stream.takes(chunk("f"), 10)
+    assert (stream.waiting, stream.wanted) == (True, 5)
 
 
 def test_a_known_frame_is_used() -> None:

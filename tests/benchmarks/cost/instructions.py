@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from unittest.mock import patch
+from urllib.parse import urlsplit
 
 import uvloop
 
 from tests.benchmarks.cost.load import closed_loop
 from tests.benchmarks.cost.measures import EVENTS
 from tests.benchmarks.cost.proxies import Proxy
+from tests.benchmarks.cost.upstream import ARRIVED
 
 Opener = Callable[[], AbstractContextManager[Proxy]]
 _CONNECTIONS = 4
@@ -44,17 +46,18 @@ def _counted(proxy: Opener, counts: Path) -> Iterator[Proxy]:
         opened.__exit__(None, None, None)
 
 
-def per_request(proxy: Opener, requests: int, *, stream: bool = False) -> float:
+def per_request(proxy: Opener, requests: int, *, stream: bool = False, told: str | None = None) -> float:
     """Instructions of the proxy's process for a request, or for a streamed event with its share of the request; without
-    what the process does at the same time by itself, which its slowness would make too much of."""
+    what the process does at the same time by itself, which its slowness would make too much of.
+
+    told: the model, if it wants to be told of events that have come."""
     with tempfile.TemporaryDirectory(prefix="qg-instructions-") as directory:
         counts = Path(directory) / "counts"
         with _counted(proxy, counts) as running:
             request = running.target.request(stream=stream)
-            after_s = 0.0 if stream else _AFTER_S  # a stream's one entry is nothing beside its events
-            uvloop.run(_send(running, request, requests, after_s))
+            uvloop.run(_send(running, request, requests, told))
             started = time.monotonic()
-            busy = _total(running, counts, lambda: uvloop.run(_send(running, request, requests, after_s)))
+            busy = _total(running, counts, lambda: uvloop.run(_send(running, request, requests, told)))
             took_s = time.monotonic() - started
             idle = _total(running, counts, lambda: time.sleep(took_s))
         return (busy - idle) / requests / (EVENTS if stream else 1)
@@ -73,9 +76,15 @@ def _total(proxy: Proxy, counts: Path, work: Callable[[], object]) -> int:
     return sum(int(total[1]) for total in totals if total is not None)
 
 
-async def _send(proxy: Proxy, request: bytes, requests: int, after_s: float) -> None:
-    await closed_loop(proxy.target, request, _CONNECTIONS, requests)
-    await asyncio.sleep(after_s)
+async def _send(proxy: Proxy, request: bytes, requests: int, told: str | None) -> None:
+    if told is None:
+        await closed_loop(proxy.target, request, _CONNECTIONS, requests)
+    else:
+        model = urlsplit(told)
+        _, writer = await asyncio.open_connection(model.hostname, model.port)
+        await closed_loop(proxy.target, request, _CONNECTIONS, requests, lambda events: writer.write(ARRIVED * events))
+        writer.close()
+    await asyncio.sleep(_AFTER_S)
 
 
 def _control(proxy: Proxy, verb: str) -> None:

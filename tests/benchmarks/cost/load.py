@@ -44,10 +44,11 @@ class Target:
 class Client(asyncio.Protocol):
     """One connection. answered: called when a whole answer has come, with its status line if it is not a 200.
 
-    events: how many pieces of an answer came in all."""
+    events: how many pieces of an answer came in all; heard: called with how many came at once."""
 
-    def __init__(self, answered: Callable[["Client", bytes], None]) -> None:
+    def __init__(self, answered: Callable[["Client", bytes], None], heard: Callable[[int], None] | None = None) -> None:
         self._answered = answered
+        self._heard = heard
         self._head = b""
         self._left = 0
         self._tail = b""
@@ -74,7 +75,10 @@ class Client(asyncio.Protocol):
             at = self._head.find(b"content-length:")
             self._left = -1 if at < 0 else int(self._head[at + 15 :].split(b"\r\n", 1)[0])
         if self._left < 0:
-            self.events += data.count(_EVENT)
+            events = data.count(_EVENT)
+            self.events += events
+            if events and self._heard is not None:
+                self._heard(events)
             self._tail = (self._tail + data)[-len(_CHUNKED_END) :]
             ended = self._tail.endswith(_CHUNKED_END) or (self._tail == data == _CHUNKED_END[2:])
         else:
@@ -85,20 +89,24 @@ class Client(asyncio.Protocol):
             self._answered(self, b"" if b" 200" in status else status)
 
 
-async def connected(target: Target, count: int, answered: Callable[[Client, bytes], None]) -> list[Client]:
+async def connected(
+    target: Target, count: int, answered: Callable[[Client, bytes], None], heard: Callable[[int], None] | None = None
+) -> list[Client]:
     """So many connections, of which none has sent anything."""
     place = urlsplit(target.base_url)
     loop = asyncio.get_running_loop()
     clients = []
     for _ in range(count):
-        _, client = await loop.create_connection(lambda: Client(answered), place.hostname, place.port)
+        _, client = await loop.create_connection(lambda: Client(answered, heard), place.hostname, place.port)
         clients.append(client)
     return clients
 
 
-async def closed_loop(target: Target, request: bytes, connections: int, requests: int) -> float:
-    """Send so many requests, the next one on a connection as soon as it is answered; the seconds that took.
-    Raises RuntimeError for an answer other than 200."""
+async def closed_loop(
+    target: Target, request: bytes, connections: int, requests: int, heard: Callable[[int], None] | None = None
+) -> float:
+    """Send so many requests, the next one on a connection as soon as it is answered; the seconds that took. heard: told
+    how many events have come. Raises RuntimeError for an answer other than 200."""
     done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     left = answers = requests
 
@@ -113,7 +121,7 @@ async def closed_loop(target: Target, request: bytes, connections: int, requests
         elif not answers and not done.done():
             done.set_result(None)
 
-    clients = await connected(target, connections, answered)
+    clients = await connected(target, connections, answered, heard)
     started = time.perf_counter()
     left -= len(clients)
     for client in clients:

@@ -1,16 +1,22 @@
 """The model behind all proxies: answers every chat request at once, or streams events at an even pace.
 
 Written on the bare protocol, so that it takes as little as possible of the two cores. ``python -m … EVENTS PAUSE_MS``.
+With ``told`` for a pause, no stream goes on before the events of all have arrived: whoever reads them says so, with a
+byte for each on a connection of its own. So every event is surely read alone, however slow the proxy is.
 """
 
 import asyncio
 import re
 import sys
+from collections.abc import Callable
 
 import uvloop
 
 from tests.upstreams.process import READY
 
+TOLD = "told"
+#: Of an event that has arrived.
+ARRIVED = b"+"
 _STREAMED = re.compile(rb'"stream": ?true')
 _USAGE_WANTED = re.compile(rb'"include_usage": ?true')
 _WHOLE = (
@@ -34,16 +40,43 @@ _USAGE = b',"choices":[],"usage":{"prompt_tokens":31,"completion_tokens":%d,"tot
 _DONE = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
 
 
+class Pace:
+    """When streams go on: each after a pause, or all together once they are told that their events have arrived."""
+
+    def __init__(self, pause_s: float | None) -> None:
+        self._pause_s = pause_s
+        self._resting: list[Callable[[], None]] = []
+        self._under_way = 0
+
+    def rest(self, go_on: Callable[[], None], *, sent: int) -> None:
+        """Call go_on in its time; sent: how many events are under way since the last rest."""
+        loop = asyncio.get_running_loop()
+        if self._pause_s is not None:
+            loop.call_later(self._pause_s, go_on)
+            return
+        self._resting.append(go_on)
+        self._under_way += sent
+        if not self._under_way:
+            loop.call_soon(self.arrived, 0)
+
+    def arrived(self, events: int) -> None:
+        """So many events have come to whom they were meant for."""
+        self._under_way -= events
+        if not self._under_way:
+            resting, self._resting = self._resting, []
+            for go_on in resting:
+                go_on()
+
+
 class Model(asyncio.Protocol):
     """One connection; requests on it come one after the other."""
 
-    def __init__(self, events: int, pause_s: float) -> None:
-        self._events, self._pause_s = events, pause_s
+    def __init__(self, events: int, pace: Pace) -> None:
+        self._events, self._pace = events, pace
         self._received = bytearray()
         self._left = 0
         self._usage = False
         self._transport: asyncio.Transport | None = None
-        self._loop = asyncio.get_running_loop()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
@@ -52,6 +85,9 @@ class Model(asyncio.Protocol):
         self._transport = None
 
     def data_received(self, data: bytes) -> None:
+        if data.startswith(ARRIVED):
+            self._pace.arrived(len(data))
+            return
         self._received += data
         head = self._received.find(b"\r\n\r\n")
         if head < 0:
@@ -73,7 +109,7 @@ class Model(asyncio.Protocol):
         self._usage = _USAGE_WANTED.search(tail) is not None
         self._left = self._events
         self._transport.write(_STREAM_HEAD)
-        self._loop.call_later(self._pause_s, self._go_on)
+        self._pace.rest(self._go_on, sent=0)
 
     def _go_on(self) -> None:
         if self._transport is None:
@@ -81,20 +117,18 @@ class Model(asyncio.Protocol):
         if self._left:
             self._left -= 1
             self._transport.write(_TOKEN)
-            self._loop.call_later(self._pause_s, self._go_on)
+            self._pace.rest(self._go_on, sent=1)
             return
         usage = _event(_USAGE % (self._events, self._events + 31)) if self._usage else b""
         self._transport.write(_FINISH + usage + _DONE)
 
 
-async def serve(events: int, pause_s: float) -> None:
+async def serve(events: int, pace: Pace) -> None:
     """Answer on a free loopback port, and say on which, until the process is ended."""
-    server = await asyncio.get_running_loop().create_server(
-        lambda: Model(events, pause_s), "127.0.0.1", 0, backlog=4096
-    )
+    server = await asyncio.get_running_loop().create_server(lambda: Model(events, pace), "127.0.0.1", 0, backlog=4096)
     print(f"{READY}http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
     await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(int(sys.argv[1]), float(sys.argv[2]) / 1000))
+    uvloop.run(serve(int(sys.argv[1]), Pace(None if sys.argv[2] == TOLD else float(sys.argv[2]) / 1000)))
