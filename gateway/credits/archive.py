@@ -226,9 +226,10 @@ def _append(connection: Connection, rows: Sequence[Row], broken: Sequence[Broken
             if there is not None and _place(there) < _place(entry):
                 conflicts.append(_conflict(there, _LOST + _name(there)))
                 _remove(there, connection)
-                new += connection.insert_entries([row_of(entry)])
-            else:
-                conflicts.append(_conflict(entry, f"{_name(entry)} is not the one that the archive has"))
+                if connection.insert_entries([row_of(entry)]):
+                    new += 1
+                    continue
+            conflicts.append(_conflict(entry, f"{_name(entry)} is not the one that the archive has"))
     for shard, stream_id, account, reason, content in conflicts:
         recorded = connection.execute(
             "INSERT INTO ledger_conflicts (shard, stream_id, digest, account, reason, content) "

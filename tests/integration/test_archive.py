@@ -317,6 +317,65 @@ async def test_an_entry_that_the_store_lost_gives_way_and_is_kept_and_told(
     assert not await archive.lost("bob")
 
 
+#: As earlier versions made it.
+EARLIER_TABLE = """CREATE TABLE ledger_entries (
+    shard INTEGER NOT NULL, stream_id TEXT NOT NULL, account TEXT NOT NULL, sequence BIGINT NOT NULL,
+    kind TEXT NOT NULL, id TEXT NOT NULL, time_ms BIGINT NOT NULL, postings TEXT NOT NULL,
+    used_after TEXT NOT NULL, balance_after_nano BIGINT NOT NULL, plan TEXT NOT NULL, model TEXT NOT NULL,
+    key TEXT NOT NULL, price_version TEXT NOT NULL, source TEXT NOT NULL, tokens TEXT NOT NULL,
+    reason TEXT NOT NULL, extra TEXT NOT NULL,
+    PRIMARY KEY (shard, stream_id), UNIQUE (account, sequence))"""
+
+
+@pytest.fixture
+async def earlier_table(url: str, archiver: Archiver) -> None:
+    await archiver.claim()
+    sql(url, "DROP TABLE ledger_entries")
+    sql(url, EARLIER_TABLE)
+
+
+@pytest.mark.usefixtures("earlier_table")
+async def test_the_table_of_an_earlier_version_takes_the_same_entries(
+    store: Store, archive: Archive, archiver: Archiver
+) -> None:
+    await write(store, "alice", 1, 30)
+    await archiver.sweep()
+    # A replica that had not seen the last entry was made the primary.
+    await write(store, "alice", 30, 30, id="another")
+    await write(store, "alice", 31, 31)
+
+    await archiver.sweep()
+
+    entries = await archived(archive, "alice")
+    assert [one.sequence for one in entries] == list(range(1, 32))
+    assert [one.id for one in entries[-2:]] == ["another", "op-31"]
+    assert len(await archive.lost("alice")) == 1
+    assert not await archive.conflicts()
+    assert await left_in_store(store, "alice") == 0
+
+
+@pytest.mark.usefixtures("earlier_table")
+@pytest.mark.parametrize("sequence", [1, 2])
+async def test_an_entry_whose_place_that_table_has_given_to_another_is_kept_and_told(
+    url: str, store: Store, archive: Archive, archiver: Archiver, sequence: int
+) -> None:
+    await write(store, "alice", 1, 2)
+    await archiver.sweep()
+    first, second = await archived(archive, "alice")
+    stream = shard_keys(first.shard).ledger
+    sql(url, f"UPDATE ledger_entries SET account = 'bob' WHERE sequence = {second.sequence}")
+    fields = {"account": "alice", "sequence": sequence, "kind": "grant", "id": "again", "time": START_MS}
+    more = {"postings": "bought -1 balance 1", "used_after": "", "balance_after": sequence, "note": "{}"}
+    await store.call("DEL", stream)
+    await store.call("XADD", stream, second.stream_id, *(word for pair in {**fields, **more}.items() for word in pair))
+
+    await archiver.sweep()
+
+    contents = [content for (content,) in sql(url, "SELECT content FROM ledger_conflicts")]
+    assert sum("again" in content for content in contents) == 1
+    assert await left_in_store(store, "alice") == 0
+
+
 async def test_an_entry_that_cannot_be_read_is_kept_whole(
     url: str, store: Store, archive: Archive, archiver: Archiver, caplog: pytest.LogCaptureFixture
 ) -> None:
