@@ -10,7 +10,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from functools import partial
+from typing import TypeVar
 
 from gateway.credits import scripts
 from gateway.credits.ends import Ends
@@ -38,6 +39,7 @@ __all__ = ["LEASE_MS", "CreditEngine", "Identity", "Refused", "RepeatKey", "Rese
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_Attempt = Callable[[], Awaitable[Reservation | Denied | Refused | Repeated | NotReserved]]
 
 #: How often the leases of live reservations are renewed, with what was seen of their cost by then.
 RENEW_S = 10.0
@@ -130,14 +132,17 @@ class CreditEngine:
         reservation = reservation_id(account, request)
         alone_femto = minimum_femto if alone_femto is None else alone_femto
         repeat = repeat or scripts.NO_REPEAT
-        asked = _Asked(identity, reservation, model, amount_femto, minimum_femto, alone_femto, grows, lease_ms, repeat)
+        attempt = partial(
+            self._reserve_once,
+            *(identity, reservation, model, amount_femto, minimum_femto, alone_femto, grows, lease_ms, repeat),
+        )
         try:
-            outcome = await self._reserve_once(asked)
+            outcome = await attempt()
         except asyncio.CancelledError:  # the script may have run, or run yet, and nobody will settle it
             self._ends.take_back(account, reservation)
             raise
         except StoreUnavailable as error:
-            outcome = await self._reserve_again(error, asked)
+            outcome = await self._reserve_again(error, attempt, account, reservation)
         if isinstance(outcome, Reservation):
             self._live[reservation] = outcome
             self._metrics.reserved(outcome.reserved.held_nano)
@@ -148,7 +153,7 @@ class CreditEngine:
         return outcome
 
     async def _reserve_again(
-        self, error: StoreUnavailable, asked: "_Asked"
+        self, error: StoreUnavailable, attempt: "_Attempt", account: str, reservation: str
     ) -> Reservation | Denied | Refused | Repeated | NotReserved:
         """Once more after a lost connection, if there is a new one soon; the id makes the repeat harmless. error: what
         came of the first time. Raises StoreUnavailable."""
@@ -157,25 +162,35 @@ class CreditEngine:
             if not await self._store.wait_connected(_REPLY_LOST_WAIT_S):
                 raise error
             try:
-                outcome = await self._reserve_once(asked)
+                outcome = await attempt()
             except (asyncio.CancelledError, ReplyLost):
                 lost = True
                 raise
             return outcome
         finally:
             if lost and not isinstance(outcome, Reservation):
-                self._ends.take_back(asked.identity.account, asked.reservation)
+                self._ends.take_back(account, reservation)
 
-    async def _reserve_once(self, asked: "_Asked") -> Reservation | Denied | Refused | Repeated | NotReserved:
-        account, key_id = asked.identity.account, asked.identity.key_id
-        store, model, reservation, repeat = self._store, asked.model, asked.reservation, asked.repeat
-        minimum_nano, alone_nano = _payg_nano(asked.minimum_femto), _payg_nano(asked.alone_femto)
+    async def _reserve_once(
+        self,
+        identity: Identity,
+        reservation: str,
+        model: str,
+        amount_femto: int,
+        minimum_femto: int,
+        alone_femto: int,
+        grows: bool,
+        lease_ms: int,
+        repeat: RepeatKey,
+    ) -> Reservation | Denied | Refused | Repeated | NotReserved:
+        account, key_id, store = identity.account, identity.key_id, self._store
+        minimum_nano, alone_nano = _payg_nano(minimum_femto), _payg_nano(alone_femto)
         plan = self._plan(self._plan_names.get(account, self._default_plan))
         while True:
             wording = store.wording(account, key_id, model, plan.name, plan.terms)
-            amount = _within_range(cost_of(asked.amount_femto, plan.rate_ppm))
-            terms = scripts.asked(amount, minimum_nano, alone_nano, grows=asked.grows, key_hash=repeat.key_hash)
-            command = wording.reserve(reservation, terms, asked.lease_ms, scripts.gateway_ms(), repeat.body_hash)
+            amount = _within_range(cost_of(amount_femto, plan.rate_ppm))
+            terms = scripts.asked(amount, minimum_nano, alone_nano, grows=grows, key_hash=repeat.key_hash)
+            command = wording.reserve(reservation, terms, lease_ms, scripts.gateway_ms(), repeat.body_hash)
             outcome = scripts.read_reserved(await store.run_packed("reserve", wording.key, command), reservation)
             if isinstance(outcome, Reserved):
                 return Reservation(account, plan, model, key_id, outcome.funds.now_ms, outcome)
@@ -326,20 +341,6 @@ class CreditEngine:
         self._plan_names[account] = plan
         if len(self._plan_names) > _MOST_PLAN_NAMES:
             self._plan_names.popitem(last=False)
-
-
-class _Asked(NamedTuple):
-    """A request for credits, at list prices."""
-
-    identity: Identity
-    reservation: str
-    model: str
-    amount_femto: int
-    minimum_femto: int
-    alone_femto: int
-    grows: bool
-    lease_ms: int
-    repeat: RepeatKey
 
 
 def _held_now(reservation: str, extended: Extended) -> Reserved:

@@ -7,7 +7,7 @@ import pytest
 import uvloop
 
 from gateway.config.model import Upstream
-from gateway.upstream.client import Upload, UpstreamClient
+from gateway.upstream.client import Pieces, Upload, UpstreamClient
 from tests.upstreams.wire import HERE, Guest, Request, Stage, playing
 
 MOST = 2**20
@@ -58,7 +58,7 @@ async def send(
     method: str = "POST",
     path: str = "/chat/completions",
     headers: Mapping[str, str] | None = None,
-    body: bytes | Upload | None = b"{}",
+    body: bytes | Pieces | Upload | None = b"{}",
     upstream: Upstream | None = None,
 ) -> Request:
     async with client.send(upstream or listener.stage.upstream(), method, path, headers or {}, body) as answer:

@@ -8,7 +8,7 @@ from multidict import CIMultiDict
 
 from gateway import __version__
 from gateway.config.model import Secret, Upstream
-from gateway.upstream.client import Upload, UpstreamClient, UpstreamUnavailable
+from gateway.upstream.client import Pieces, Upload, UpstreamClient, UpstreamUnavailable
 from tests.integration.upstream.conftest import Listener, send
 
 
@@ -116,5 +116,9 @@ async def test_a_request_without_a_body_has_no_type(
 async def test_a_body_arrives_whole(client: UpstreamClient, listener: Listener, size: int) -> None:
     body = Random(size).randbytes(size)
     assert (await send(client, listener, body=body)).body == body
+    pieces = Pieces((body[:7], b",", memoryview(body)[7:]))
+    request = await send(client, listener, body=pieces)
+    assert request.body == bytes(pieces) == body[:7] + b"," + body[7:]
+    assert request.header("Content-Length") == [str(size + 1)]
     assert (await send(client, listener)).body == b"{}"
     assert len(listener.stage.guests) == 1
