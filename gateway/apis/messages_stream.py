@@ -50,7 +50,7 @@ class MessageStream(EventStream):
         super().__init__(ask, bound, rule)
         self._open: dict[int, None] = {}
         self._reported: dict[str, Any] = {}
-        self._usage_is_final = False
+        self._reported_at = -1
         self._stops = b""
         self._held = b""
         self._held_with = bytearray()
@@ -105,13 +105,17 @@ class MessageStream(EventStream):
         # The output that is reported at the start is a guess.
         return usage.unseen or (self._usage_is_final and super()._owed_unseen(usage))
 
+    @property
+    def _usage_is_final(self) -> bool:
+        """Whether the output was reported after all of it had come."""
+        return self._reported_at == self._count.events
+
     def _follow(self, event: bytes, texts: list[bytes]) -> bytes:
         """What to hand out when event has come, which may hold usage or be the last."""
         if self.done:
             return b""
         if texts:
             self._count.add(texts)
-            self._usage_is_final = False
         if not self._held and not _TURN.search(event):
             return event
         document = json_of(event)
@@ -126,7 +130,8 @@ class MessageStream(EventStream):
         if said.get("type") == "message_delta":
             usage = said.get("usage")
             self._take(usage)
-            self._usage_is_final = isinstance(usage, dict) and count(usage, "output_tokens") is not None
+            told = isinstance(usage, dict) and count(usage, "output_tokens") is not None
+            self._reported_at = self._count.events if told else -1
             self._held = event
             return released
         self._read(said, event)

@@ -37,7 +37,7 @@ MAX_EVENT_BYTES = 16 * 2**20
 
 _SEAM_BYTES = 4096
 _MOST_FRAME_BYTES = 4096
-_KNOWN_BYTES = 2**13
+_MOST_KNOWN_AT_ONCE = 64
 # So many events in a row that are like none before them are searched one by one, to learn from them; then all at once.
 _MOST_ODD_EVENTS = 4
 # Events are not quite tokens: only a stream that runs far beyond its limit is cut.
@@ -95,6 +95,7 @@ class EventStream(ABC):
         self._count = OutputCount(rule)
         self._overran = False
         self._frame_known: _Frame | None = None
+        self._known_at_once = 2
         self._at_rest = False  # nothing is kept back, neither whole events nor a part of one
         # Of more events with output than this, the upstream was not asked.
         self._most_events = 2 * self._most_output + _SPARE_EVENTS
@@ -181,8 +182,14 @@ class EventStream(ABC):
         """How long block, from start on, holds only events with that frame, all covered; counts them."""
         if not block.startswith(frame.start, start) or not self._quiet():
             return 0
-        # Not all of a large block, or it would be searched again and again where every other event is of another kind.
-        texts, size, length = frame.texts_in(block[start : start + _KNOWN_BYTES])
+        first = block.find(frame.end, start + len(frame.start), start + _MOST_FRAME_BYTES)
+        if first < 0:
+            return 0
+        # As many as there were lately, and as many again: all of the block would be searched anew for each event where
+        # every other one is of another kind.
+        window = (first + len(frame.end) - start) * self._known_at_once
+        texts, size, length = frame.texts_in(block[start : start + window])
+        self._known_at_once = min(2 * (texts + 1), _MOST_KNOWN_AT_ONCE)
         if self._count.events + texts > self._most_events or not self._count.took(texts, size, covered):
             return 0
         return length
@@ -365,9 +372,6 @@ def each_event(block: bytes) -> Iterator[bytes]:
 
 def _end_of_event(block: bytes, start: int) -> int:
     """Where the event that begins at start ends."""
-    end = block.find(b"\n\n", start)
-    if end >= 0 and block.find(b"\r", start, end) < 0:
-        return end + 2  # as nearly always, and ten times as fast
     found = _EVENT_END.search(block, start)
     return found.end() if found else len(block)
 

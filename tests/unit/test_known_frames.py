@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -155,3 +156,13 @@ def test_the_name_of_an_event_is_no_text() -> None:
     stream.feed(event({"type": "foo_delta"}))
     stream.feed(event({"type": "message_stop"}))
     assert stream.done
+
+
+@pytest.mark.timeout(60)  # a tenth of a second, unless the whole block is searched anew for each of its events
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n", b"\r\r"])
+@pytest.mark.parametrize("between", [b"", b": a comment"])
+def test_a_large_block_is_searched_once(end: bytes, between: bytes) -> None:
+    one = chunk("word").rstrip(b"\n") + end + (between + end if between else b"")
+    stream = ChatStream(ASK, Bound(100, 1, 10**6))
+    assert stream.feed(one * 50_000) == one * 50_000
+    assert stream.counted == 50_000

@@ -234,6 +234,16 @@ def test_without_a_last_report_at_least_what_was_shown_is_charged() -> None:
     assert events.metered(complete=False) == used(5, 10)
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_a_report_that_more_text_came_after_is_not_the_last(together: bool) -> None:
+    begun = [start(), words("a"), ended(usage={"output_tokens": 3})]
+    more = [opened(1), *[words("word", 1)] * 100]
+    end = STOP
+    said, stream = fed([*begun, b"".join(more), end] if together else [*begun, *more, end])
+    assert said.count(b"word") == 100
+    assert stream.metered(complete=True).output == 101
+
+
 @pytest.mark.parametrize(
     ("said", "tokens"),
     [
