@@ -312,7 +312,7 @@ class Stage:
     async def sweep(self, scenario: Scenario) -> list[Fate]:
         """Let a gateway die at every await that such a request comes to; the first only when all is done."""
         calm = await self.fate(scenario, 0, "sent")
-        numbers = range(1, len(calm.points) + 1)
+        numbers = range(1, len(calm.points) + 2)  # it may come to one more, where pieces of its body came apart
         moments: tuple[Moment, ...] = ("sent", "answered")
         dead = await asyncio.gather(*(self.fate(scenario, number, moment) for number in numbers for moment in moments))
         return [calm, *dead]
@@ -459,7 +459,7 @@ def swept_all(scenario: Scenario, fates: list[Fate]) -> int:
     died_at = [fate.died_at for fate in fates if fate.died_at]
     assert len(died_at) > len(fates) * 9 // 10
     functions = {function for point in died_at for function in point["chain"].split(" > ")}
-    assert functions.issuperset(scenario.phases.values())
+    assert not set(scenario.phases.values()) - functions
     return len({(point["at"], point["chain"]) for point in died_at})
 
 
