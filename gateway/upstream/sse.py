@@ -10,21 +10,17 @@ import sys
 from abc import ABC, abstractmethod
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
-from itertools import repeat, takewhile
 
 import orjson
 
 from gateway.config.model import CountOutput
 from gateway.domain.metered import Metered
 from gateway.domain.request import Ask, Bound
-from gateway.domain.value import value
-from gateway.upstream.count import OutputCount, size_of
+from gateway.upstream.count import OutputCount
+from gateway.upstream.frame import Frame, not_plain
 from gateway.upstream.usage.figures import Usage
 
 _EVENT_END = re.compile(rb"\n\r?\n|\r\r")
-_not_plain = re.compile(rb'["\\\r\n]').search
-# What can stand between the quotes of a JSON string, but for nothing.
-_text = re.compile(rb'(?!\Z)[^"\\\r\n]*(?:\\[^\r\n][^"\\\r\n]*)*').fullmatch
 _NAME = re.compile(rb"(?:\A|[\r\n])event:[ ]?([^\r\n]*)")
 # Data that says nothing.
 _IDLE = (b"", b"null", b"[DONE]")
@@ -52,31 +48,6 @@ class Overrun(Exception):
     """The upstream does not stop: far more output than it was asked for."""
 
 
-@value(frozen=True, slots=True)
-class _Frame:
-    """What stands around the text of an event that holds nothing else; shown: of it, what the client is shown."""
-
-    start: bytes
-    end: bytes
-    around_bytes: int
-    shown: tuple[bytes, bytes] | None = None
-
-    def texts_in(self, block: bytes) -> tuple[int, int, int]:
-        """How many events with nothing but another text there are at the start of block; the bytes of their texts, once
-        those are unescaped; and how many bytes of block that is."""
-        *pieces, rest = block.split(self.end)
-        texts = list(map(bytes.removeprefix, pieces, repeat(self.start)))
-        told = b"".join(texts)
-        length = len(block) - len(rest)
-        if len(told) + len(texts) * self.around_bytes == length and b"" not in texts and not _not_plain(told):
-            return len(texts), len(told), length  # as nearly always
-        texts = [piece[len(self.start) :] for piece in takewhile(self._is_whole, pieces)]
-        return len(texts), sum(map(size_of, texts)), sum(map(len, texts)) + len(texts) * self.around_bytes
-
-    def _is_whole(self, piece: bytes) -> bool:
-        return piece.startswith(self.start) and _text(piece, len(self.start)) is not None
-
-
 class EventStream(ABC):
     """Follows the stream that answers ask within bound; rule: how its output is counted.
 
@@ -94,7 +65,7 @@ class EventStream(ABC):
         self._wanted = 0
         self._count = OutputCount(rule)
         self._overran = False
-        self._frame_known: _Frame | None = None
+        self._frame_known: Frame | None = None
         self._known_at_once = 2
         self._at_rest = False  # nothing is kept back, neither whole events nor a part of one
         # Of more events with output than this, the upstream was not asked.
@@ -167,7 +138,7 @@ class EventStream(ABC):
         if size != len(chunk) - frame.around_bytes:
             return b""
         texts = 1
-        if size > frame.around_bytes or _not_plain(told):
+        if size > frame.around_bytes or not_plain(told):
             texts, size, length = frame.texts_in(chunk)
             if length != len(chunk):
                 return b""
@@ -178,7 +149,7 @@ class EventStream(ABC):
             return chunk
         return frame.shown[0] + told + frame.shown[1] if texts == 1 else self._shown(chunk)
 
-    def _known_bytes(self, frame: _Frame, block: bytes, start: int, covered: int) -> int:
+    def _known_bytes(self, frame: Frame, block: bytes, start: int, covered: int) -> int:
         """How long block, from start on, holds only events with that frame, all covered; counts them."""
         if not block.startswith(frame.start, start) or not self._quiet():
             return 0
@@ -196,7 +167,7 @@ class EventStream(ABC):
 
     def _learn_frame(self, block: bytes, texts: list[bytes]) -> None:
         """What stands around the text of an event that holds nothing else, for the events behind it."""
-        if len(texts) != 1 or _not_plain(texts[0]) or len(block) > _MOST_FRAME_BYTES:
+        if len(texts) != 1 or not_plain(texts[0]) or len(block) > _MOST_FRAME_BYTES:
             return
         start, quote, rest = block.partition(b'"' + texts[0] + b'"')
         if not quote or quote in rest or _end_of_event(block, 0) < len(block) or not block.endswith(b"\n\n"):
@@ -205,7 +176,7 @@ class EventStream(ABC):
         if self._outputs(start + b'"x"' + rest) == [b"x"]:
             start, end = start + b'"', b'"' + rest
             shown = self._shown(start), self._shown(end)
-            self._frame_known = _Frame(start, end, len(start) + len(end), None if shown == (start, end) else shown)
+            self._frame_known = Frame(start, end, len(start) + len(end), None if shown == (start, end) else shown)
 
     def release(self, covered: int) -> bytes:
         """What waited and may go out now that more is covered. Raises Overrun."""
