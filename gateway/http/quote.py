@@ -22,7 +22,7 @@ from gateway.domain.request import Ask, Bound, InvalidRequest, bound_of, worst_p
 from gateway.domain.value import value
 from gateway.http import errors
 from gateway.http.errors import Failure
-from gateway.upstream.connection import Pieces
+from gateway.upstream.connection import Pieces, in_pieces
 
 # What a body may hold at most: parsing takes seconds and gigabytes where megabytes of it are brackets.
 _MOST_CONTAINERS = 200_000
@@ -32,8 +32,6 @@ _BODY_S = 300.0
 _ENCODINGS = ("", "identity", "gzip", "deflate")
 _KEY = re.compile(r"[!-~]{1,255}")
 _HASH_DIGITS = 24
-# Up to here a copy is cheaper than more buffers in the system call.
-_JOINED_BYTES = 2**14
 
 
 @value(frozen=True, slots=True)
@@ -219,5 +217,4 @@ def forwarded_body(quote: Quote, upstream: Upstream) -> bytes | Pieces:
     first = quote.api.written_anew(quote.ask, quote.bound, quote.taken, upstream)
     if not first:
         return quote.body
-    pieces = orjson.dumps(first)[:-1], b",", memoryview(quote.body)[1:]
-    return b"".join(pieces) if len(quote.body) <= _JOINED_BYTES else Pieces(pieces)
+    return in_pieces(orjson.dumps(first)[:-1], b",", memoryview(quote.body)[1:])

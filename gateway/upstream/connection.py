@@ -34,6 +34,12 @@ class Pieces(tuple[bytes | memoryview, ...]):
         return b"".join(self)
 
 
+def in_pieces(*pieces: bytes | memoryview) -> bytes | Pieces:
+    """A body of these pieces, joined where that is cheaper."""
+    body = Pieces(pieces)
+    return bytes(body) if body.size_bytes <= _ONE_WRITE_BYTES else body
+
+
 class Connection(asyncio.Protocol):
     """An open connection, until ``on_lost`` is called. on_free: called whenever it can take the next request."""
 

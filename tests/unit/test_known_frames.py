@@ -1,6 +1,7 @@
 """An event that differs from one before it only in its text is not searched again; nothing else comes of that."""
 
 import json
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given
@@ -109,13 +110,12 @@ def test_an_empty_usage_that_the_client_did_not_ask_for_is_kept_from_every_event
 def test_known_events_that_come_together_are_not_searched_however_many() -> None:
     stream = ChatStream(ASK, Bound(100, 1, 1000))
     stream.feed(chunk("first"))
-    searched: list[bytes] = []
-    stream._searched = lambda block, covered: searched.append(block) or block  # type: ignore[method-assign,func-returns-value]
     many = b"".join(chunk(text) for text in ("a", 'say "no"', "\n", " word") * 100)
     other = event({"choices": [{"delta": {"role": "assistant"}}]})
-    assert stream.feed(many) == many
-    assert stream.feed(many + other + many + other[:10]) == many + other + many
-    assert searched == [other]
+    with patch.object(stream, "_searched", wraps=stream._searched) as searched:
+        assert stream.feed(many) == many
+        assert stream.feed(many + other + many + other[:10]) == many + other + many
+    assert [call.args[0] for call in searched.call_args_list] == [other]
     assert stream.counted == 1 + 1200
     assert not stream.takes(chunk("b"))  # it belongs behind the part that was kept
 
