@@ -30,9 +30,6 @@ RETRY_MOST_S = 30.0
 #: Entries that are read at once, and trimmed at once: half a millisecond of the loop's time and of the store's, for
 #: which requests wait.
 READ_AT_ONCE = 100
-#: Between two reads, so that the requests of a sweep's time wait for one of them at most: without it the slowest in a
-#: hundred answers take a third longer.
-_BREATH_S = 0.004
 #: Streams whose lengths are asked for at once, for the same reason.
 _LENGTHS_AT_ONCE = 64
 #: The most entries of one transaction.
@@ -118,7 +115,6 @@ class Archiver:
         taken = _Taken()
         for counts in _reads(lengths):
             await self._read(counts, taken)
-            await asyncio.sleep(_BREATH_S)
             if taken.entries >= TRANSACTION:
                 await self._move(taken)
                 taken = _Taken()
