@@ -9,7 +9,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -403,12 +403,10 @@ class ValkeySentinels:
         self.command(replica, "REPLICAOF", "127.0.0.1", primary)
         names = {port: secrets.token_hex(20) for port in self.sentinel_ports}
         for port in self.sentinel_ports:
-            self._sentinels.append(self._start_sentinel(port, primary, replica, names))
+            self._sentinels.append(self._sentinel(port, primary, replica, names))
         _wait_for(self._whole)
 
-    def _start_sentinel(
-        self, port: int, primary: int, replica: int, names: dict[int, str]
-    ) -> "subprocess.Popen[bytes]":
+    def _sentinel(self, port: int, primary: int, replica: int, names: dict[int, str]) -> "subprocess.Popen[bytes]":
         others = [f"known-sentinel {self.NAME} 127.0.0.1 {p} {name}" for p, name in names.items() if p != port]
         lines = [
             f"myid {names[port]}",
@@ -419,18 +417,7 @@ class ValkeySentinels:
             f"known-replica {self.NAME} 127.0.0.1 {replica}",
             *others,
         ]
-        file = self._directory / f"sentinel-{port}.conf"
-        settings = f"port {port}\nbind 127.0.0.1\ndir {self._directory}\n"
-        if self._password:
-            settings += f"requirepass {self._password}\n"
-        file.write_text(settings + "".join(f"sentinel {line}\n" for line in lines))
-        with (self._directory / f"sentinel-{port}.log").open("ab") as log:
-            return subprocess.Popen(
-                [str(get_binary_path()), str(file), "--sentinel"],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+        return _start_sentinel(self._directory, port, lines, self._password)
 
     def stop(self) -> None:
         """End all of them; their files are of no use afterwards."""
@@ -488,6 +475,53 @@ class ValkeySentinels:
             in_step = link.get("master_link_status") == "up" and link["master_port"] == primary
             return in_step and all("3 usable" in count for count in counts)
         return False
+
+
+class LoneSentinel:
+    """A sentinel that no other tells of a failover; it names the server at port primary since failover number epoch."""
+
+    def __init__(self, directory: Path, name: str, primary: int, epoch: int) -> None:
+        self.port = free_port()
+        lines = [f"monitor {name} 127.0.0.1 {primary} 2", f"config-epoch {name} {epoch}"]
+        self._process = _start_sentinel(directory, self.port, lines)
+        with redis.Redis(port=self.port) as client:
+            _wait_for(lambda: _answers(client))
+
+    def pause(self) -> None:
+        """Let it hang."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on after a pause."""
+        self._process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait()
+
+
+def _start_sentinel(
+    directory: Path, port: int, lines: Sequence[str], password: str | None = None
+) -> "subprocess.Popen[bytes]":
+    file = directory / f"sentinel-{port}.conf"
+    settings = f"port {port}\nbind 127.0.0.1\ndir {directory}\n"
+    if password:
+        settings += f"requirepass {password}\n"
+    file.write_text(settings + "".join(f"sentinel {line}\n" for line in lines))
+    with (directory / f"sentinel-{port}.log").open("ab") as log:
+        return subprocess.Popen(
+            [str(get_binary_path()), str(file), "--sentinel"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+
+
+def _answers(client: "redis.Redis") -> bool:
+    with contextlib.suppress(redis.ConnectionError):
+        return bool(client.ping())
+    return False
 
 
 @contextmanager

@@ -24,21 +24,33 @@ class SentinelLocator:
         self._url = url
         self._timeout_ms = timeout_ms
         self._opener = opener
-        self._address: Address | None = None
+        self._newest: _Answer | None = None  # while its node is the primary
 
     async def open(self) -> tuple[Connection, Node]:
         """Ask, and connect to the node that they name. Raises StoreError."""
-        self._address = await _ask_most(self._url, self._timeout_ms)
-        connection, node = await self._opener.open(self._url.endpoint.at(self._address))
-        # A sentinel may not have heard of a failover yet; the node itself knows.
-        return refuse_replica(connection, node, str(self._address))
+        newest = self._newest = await self._ask()
+        try:
+            connection, node = await self._opener.open(self._url.endpoint.at(newest.address))
+            # A sentinel may not have heard of a failover yet; the node itself knows.
+            return refuse_replica(connection, node, str(newest.address))
+        except StoreError:
+            self._newest = None  # a failover may have been taken back, or the sentinels set up anew
+            raise
 
     async def replaced(self) -> bool:
         """Whether they name another node now. Raises StoreError."""
-        return await _ask_most(self._url, self._timeout_ms) != self._address
+        before = self._newest
+        return before is None or (await self._ask()).address != before.address
+
+    async def _ask(self) -> _Answer:
+        # For a second or so after a failover most sentinels may not have heard of it, and the old primary still takes
+        # writes, all of them to be thrown away: who has heard does not go back.
+        answer = await _ask_most(self._url, self._timeout_ms)
+        newest = self._newest
+        return answer if newest is None or answer.epoch >= newest.epoch else newest
 
 
-async def _ask_most(url: StoreUrl, timeout_ms: int) -> Address:
+async def _ask_most(url: StoreUrl, timeout_ms: int) -> _Answer:
     """Ask all at once and take the newest of what most of them answer, so that neither one that is cut off nor one
     that hangs decides."""
     asks = [asyncio.create_task(_ask(url, sentinel, timeout_ms)) for sentinel in url.addresses]
@@ -58,7 +70,7 @@ async def _ask_most(url: StoreUrl, timeout_ms: int) -> Address:
         await asyncio.gather(*asks, return_exceptions=True)
     if not answers:
         raise failure
-    return max(answers).address
+    return max(answers)
 
 
 async def _ask(url: StoreUrl, sentinel: Address, timeout_ms: int) -> _Answer:
@@ -77,16 +89,24 @@ async def _ask(url: StoreUrl, sentinel: Address, timeout_ms: int) -> _Answer:
 
 
 async def _primary_of(connection: Connection, url: StoreUrl) -> tuple[Reply, list[bytes]]:
-    name = url.primary_name
-    try:
-        address = await connection.send("SENTINEL", "GET-MASTER-ADDR-BY-NAME", name)
-    except StoreRefused as refusal:
-        if code_of(refusal) == "ERR":
-            raise StoreUnsuitable("store.url lists a server that is no sentinel") from refusal
-        if code_of(refusal) != "NOAUTH" or not url.endpoint.password:
-            raise
+    address, state = await _both(connection, url.primary_name)
+    if isinstance(address, StoreRefused) and code_of(address) == "NOAUTH" and url.endpoint.password:
         # Sentinels mostly need no login of their own; where they do, it is the same one.
         login = [url.endpoint.username] if url.endpoint.username else []
         await connection.send("AUTH", *login, url.endpoint.password)
-        address = await connection.send("SENTINEL", "GET-MASTER-ADDR-BY-NAME", name)
-    return address, [] if address is None else await connection.send("SENTINEL", "MASTER", name)
+        address, state = await _both(connection, url.primary_name)
+    if isinstance(address, StoreRefused) and code_of(address) == "ERR":
+        raise StoreUnsuitable("store.url lists a server that is no sentinel") from address
+    for reply in (address, state):
+        if isinstance(reply, BaseException) and address is not None:  # of a name that it does not know, only that
+            raise reply
+    return address, state
+
+
+async def _both(connection: Connection, name: str) -> tuple[Reply, Reply]:
+    """Where the primary is, and since when; written together, so that no failover comes between the two."""
+    questions = ("GET-MASTER-ADDR-BY-NAME", "MASTER")
+    address, state = await asyncio.gather(
+        *(connection.send("SENTINEL", question, name) for question in questions), return_exceptions=True
+    )
+    return address, state

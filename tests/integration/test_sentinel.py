@@ -1,17 +1,30 @@
 """The store behind real sentinels: the primary changes, in an orderly way or not, and nothing counts twice."""
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from gateway.credits.errors import StoreError, StoreRefused, StoreUnsuitable
+from gateway.credits.addresses import read_url
+from gateway.credits.errors import StoreError, StoreRefused, StoreUnavailable, StoreUnsuitable
 from gateway.credits.operator import Operator
+from gateway.credits.sentinel import SentinelLocator
+from gateway.credits.topology import Opener
 from gateway.telemetry.metrics import Metrics
 from tests.conftest import PLANS
 from tests.exactly_once import Adds, accounts_in, add, adding_store
-from tests.servers import ValkeySentinels, free_port, in_thread, valkey_sentinels
+from tests.servers import (
+    LoneSentinel,
+    ValkeySentinels,
+    free_port,
+    free_ports,
+    in_thread,
+    valkey_sentinels,
+    valkey_server,
+)
 from tests.stores import started_store
 
 ACCOUNT = accounts_in(7, 1)[0]
@@ -73,6 +86,41 @@ async def test_an_orderly_change_of_primary(sentinels: ValkeySentinels, metrics:
             await adds.progress(500)
         await adds.repeat_all()
         await adds.check_each_happened_once()
+
+
+async def test_who_has_heard_of_a_failover_does_not_go_back(tmp_path: Path) -> None:
+    """What the old primary takes after a failover is thrown away, while most sentinels may still name it."""
+    with contextlib.ExitStack() as ends:
+        old_port, new_port = free_ports(2)
+        old, new = (ends.enter_context(valkey_server(port=port)) for port in (old_port, new_port))
+        sentinels = []
+        for primary, epoch in ((old_port, 0), (old_port, 0), (new_port, 1)):
+            sentinels.append(LoneSentinel(tmp_path, "credits", primary, epoch))
+            ends.callback(sentinels[-1].kill)
+        *behind, ahead = sentinels
+        addresses = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in sentinels)
+        url = read_url(f"redis+sentinel://{addresses}/credits")
+        locator = SentinelLocator(url, 1000, Opener(1000, "standalone", []))
+
+        async def opened() -> str:
+            connection, node = await locator.open()
+            connection.close()
+            return node.run_id
+
+        runs = [server.command("INFO", "server")["run_id"] for server in (old, new)]  # type: ignore[index]
+        for sentinel in behind:
+            sentinel.pause()
+        assert await opened() == runs[1]
+        for sentinel in behind:
+            sentinel.resume()
+        ahead.pause()
+        assert not await locator.replaced()
+        assert await opened() == runs[1]
+        # Unless that node is no primary: then the failover was taken back.
+        new.command("REPLICAOF", "127.0.0.1", old_port)
+        with pytest.raises(StoreUnavailable, match="is a replica"):
+            await opened()
+        assert await opened() == runs[0]
 
 
 async def test_a_primary_that_hangs_is_replaced(sentinels: ValkeySentinels, metrics: Metrics) -> None:
