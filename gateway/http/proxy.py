@@ -104,7 +104,11 @@ class Proxy:
         task = request.task  # the connection's, or one of the request's own
         self._active.add(task)
         try:
-            response = await self._answer(exchange, request)
+            try:
+                response = greeting(request) or await self._route(exchange, request)
+                exchange.status = response.status
+            except Exception as error:
+                response = await self._excuse(exchange, request, error)
             if exchange.from_page:
                 let_page_read(exchange, response)
             if self._draining and not response.prepared:
@@ -116,15 +120,10 @@ class Proxy:
                 self._idle.set()
             self._reports.finished(exchange)
 
-    async def _answer(self, exchange: Exchange, request: web.BaseRequest) -> web.StreamResponse:
-        try:
-            response = greeting(request) or await self._route(exchange, request)
-            exchange.status = response.status
-            return response
-        except Exception as error:
-            if exchange.response is not None and exchange.response.prepared:
-                return await self._excuses.cut(exchange, request, exchange.response, error)
-            return self._excuses.excuse(exchange, error)
+    async def _excuse(self, exchange: Exchange, request: web.BaseRequest, error: Exception) -> web.StreamResponse:
+        if exchange.response is not None and exchange.response.prepared:
+            return await self._excuses.cut(exchange, request, exchange.response, error)
+        return self._excuses.excuse(exchange, error)
 
     async def drain(self, timeout_s: float, hurry: asyncio.Event, settle_s: float) -> None:
         """Let the requests in flight end, for timeout_s or until hurry is set; then cut them, and give what they were
@@ -147,7 +146,7 @@ class Proxy:
         api = _METERED.get(request.path)
         if api is not None and request.method == "POST":  # as nearly all are: nothing else is looked at
             exchange.dialect = api.dialect
-            identity = await self._authenticate(exchange, request)
+            identity = self._recognize(exchange, request) or await self._authenticate(exchange, request)
             if identity is None:
                 return self._reports.fail(exchange, errors.bad_key())
             return await self._meter(api, exchange, request, identity)
@@ -257,11 +256,21 @@ class Proxy:
 
     # --- authenticate -------------------------------------------------------------------------------------------
 
+    def _recognize(self, exchange: Exchange, request: web.BaseRequest) -> Identity | None:
+        """Who asks, if that is known without the store, as for nearly all requests."""
+        started = time.perf_counter()
+        secret = _secret_of(request.headers)
+        if not secret or (identity := self._engine.known(secret)) is None:
+            return None
+        exchange.identity = identity
+        self._reports.spent(exchange, "authenticate", started)
+        return identity
+
     async def _authenticate(self, exchange: Exchange, request: web.BaseRequest) -> Identity | None:
         started = time.perf_counter()
         secret = _secret_of(request.headers)
         if secret:
-            exchange.identity = self._engine.known(secret) or await self._engine.authenticate(secret)
+            exchange.identity = await self._engine.authenticate(secret)
         self._reports.spent(exchange, "authenticate", started)
         return exchange.identity
 

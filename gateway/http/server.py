@@ -1,21 +1,23 @@
 """The data listener's side of connections, as far as it is not aiohttp's own."""
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import socket
+from http import HTTPStatus
 from typing import Any
 
 from aiohttp import web
 from aiohttp.http_writer import StreamWriter
 
 from gateway.http import errors
+from gateway.http.arriving import MOST_BYTES, Body, Head, size_of
 from gateway.http.proxy import Proxy
 from gateway.http.whole import WholeAnswer
 
 #: A client that takes nothing for so long is gone, and what waits for it is dropped.
 CLIENT_STALL_MS = 60_000
-
 
 _SILENT = logging.Logger("aiohttp.access", logging.CRITICAL)  # the gateway writes a line of its own per request
 
@@ -28,11 +30,27 @@ class DataServer(web.Server):
 
     def __call__(self) -> web.RequestHandler:
         """A new connection."""
-        return _Connection(self, loop=asyncio.get_running_loop(), access_log=_SILENT)
+        return _Connection(self)
 
 
 class _Connection(web.RequestHandler):
-    __slots__ = ()
+    """A client's connection.
+
+    Requests whose head is that of one before, which was answered with a 200, are taken past the parser; whatever else
+    comes goes through it, and once it is not certain where in a request it stands, all that follows.
+    """
+
+    __slots__ = ("_body", "_head", "_owed", "_parsed_head")
+
+    def __init__(self, server: "DataServer") -> None:
+        super().__init__(server, loop=asyncio.get_running_loop(), access_log=_SILENT)
+        self._head: Head | None = None
+        #: The head that the parser has taken last, and the message that it made of it.
+        self._parsed_head: tuple[bytes, Any] | None = None
+        #: What the parser is still to get of the request that it is in, in bytes; None where that is not certain.
+        self._owed: int | None = 0
+        #: The body that is still to come, of a request that went past the parser.
+        self._body: Body | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Let the kernel end the connection of a client that takes nothing: no await may be waiting for it any more."""
@@ -40,6 +58,65 @@ class _Connection(web.RequestHandler):
         sock = transport.get_extra_info("socket")
         if sock is not None and hasattr(socket, "TCP_USER_TIMEOUT"):  # only Linux has it
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, CLIENT_STALL_MS)
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the event loop: take a request that begins as one before did, or have it parsed."""
+        if self._body is not None:
+            self._take_body(self._body, data)
+            return
+        head = self._head
+        if head is not None and self._owed == 0 and not self._messages and not self._request_in_progress:
+            begun = head.begins(data)
+            if begun is not None and begun[2] <= MOST_BYTES and not self._force_close and not self._close:
+                self._begin(data, *begun)
+                return
+        self._parse(data)
+
+    def _begin(self, data: bytes, message: Any, start: int, length: int) -> None:
+        missing = start + length - len(data)
+        if missing == 0:
+            self._queue(message, Body(data[start:], 0))
+        else:
+            self._body = body = Body(b"", length)
+            self._queue(message, body)
+            self._take_body(body, memoryview(data)[start:])  # of a large one, not to copy the first 200 kB
+
+    def _take_body(self, body: Body, data: bytes | memoryview) -> None:
+        behind = body.take(data)
+        if body.is_eof():
+            self._body = None
+            if behind:
+                self._parse(bytes(behind))
+
+    def _queue(self, message: Any, body: Body) -> None:
+        """What aiohttp does with what its parser has made."""
+        self._request_count += 1
+        self._messages.append((message, body))
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def _parse(self, data: bytes) -> None:
+        owed, queued = self._owed, len(self._messages)
+        super().data_received(data)
+        if not owed:
+            if owed == 0 and data:
+                self._owed = self._owed_after(data, queued)
+        elif owed >= len(data):
+            self._owed = owed - len(data)
+        else:
+            self._owed = None
+
+    def _owed_after(self, data: bytes, queued: int) -> int | None:
+        """What the parser is still to get of the request that data began; it has made the queued messages before."""
+        if len(self._messages) != queued + 1:
+            return None
+        message = self._messages[-1][0]
+        sizes = size_of(data, message)
+        if sizes is None or sizes[1] < len(data):
+            return None
+        self._parsed_head = data[: sizes[0]], message
+        return sizes[1] - len(data)
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         """Read on, if that was paused: aiohttp asks for it whenever a body is read, and feeds its parser anew: 3 µs."""
@@ -66,7 +143,7 @@ class _Connection(web.RequestHandler):
             assert self._parser is not None
             self._parser.message_consumed()
             try:
-                lives_on = await self._answer(message, payload)
+                lives_on = await self._answer(message, payload) and (payload.is_eof() or await self._rest_came(payload))
             except ConnectionError:  # the client has hung up, or the answer had begun when something went wrong
                 break
             except Exception:
@@ -81,14 +158,9 @@ class _Connection(web.RequestHandler):
             self.transport.close()
 
     def _next_is_plain(self) -> bool:
-        """Whether the next request has come whole, and nothing waits behind it."""
-        message, payload = self._messages[0]
-        return (
-            not getattr(message, "upgrade", True)  # which what no request could be made of does not have
-            and payload.is_eof()
-            and len(self._messages) == 1
-            and not self._upgraded
-        )
+        """Whether nothing waits behind the next request, which is one for HTTP."""
+        upgrade = getattr(self._messages[0][0], "upgrade", True)  # which what no request could be made of does not have
+        return not upgrade and len(self._messages) == 1 and not self._upgraded
 
     async def _answer(self, message: Any, payload: Any) -> bool:
         """Answer a request; whether the connection lives on."""
@@ -104,6 +176,8 @@ class _Connection(web.RequestHandler):
             except Exception as error:
                 response = self.handle_error(request, 500, error)
             self._current_request = None
+            if response.status == HTTPStatus.OK:
+                self._remember_head()
             if type(response) is WholeAnswer and not self._upgraded:
                 gone = not self._write_whole(request, response) or (self.writing_paused and await self._stalled())
             else:
@@ -117,6 +191,19 @@ class _Connection(web.RequestHandler):
             if self._handler_waiter is not None:
                 self._handler_waiter.set_result(None)
         return bool(response.keep_alive) and not gone and not self._close and not self._force_close
+
+    async def _rest_came(self, payload: Any) -> bool:
+        """Whether the client sends the rest of a body that its handler did not want, before it reads the answer."""
+        with contextlib.suppress(TimeoutError, web.RequestPayloadError):
+            async with asyncio.timeout(self._lingering_time):
+                while not payload.is_eof():
+                    await payload.readany()
+        return bool(payload.is_eof())
+
+    def _remember_head(self) -> None:
+        if self._parsed_head is not None:
+            self._head = Head.of(*self._parsed_head) or self._head
+            self._parsed_head = None
 
     def _wait_for_another(self) -> None:
         self._keepalive = True
