@@ -24,12 +24,14 @@ log = logging.getLogger(__name__)
 
 #: Between sweeps: what has come meanwhile goes in few and large transactions, which is what makes it cheap. With
 #: nothing to do, a sweep is 256 XLEN in one write.
-PAUSE_S = 2.0
+PAUSE_S = 1.0
 #: The longest pause after failures.
 RETRY_MOST_S = 30.0
-#: Entries that are read at once, and trimmed at once: half a millisecond of the loop's time and of the store's, for
-#: which requests wait.
-READ_AT_ONCE = 100
+#: Entries that are read at once, and trimmed at once: 0.15 ms of the loop's time and of the store's, for which requests
+#: wait.
+READ_AT_ONCE = 25
+#: The longest rest after each, and all rests of a sweep together: so that hardly a request meets two of them.
+_REST_MOST_S, _RESTS_S = 0.005, 2.0
 #: Streams whose lengths are asked for at once, for the same reason.
 _LENGTHS_AT_ONCE = 64
 #: The most entries of one transaction.
@@ -113,12 +115,15 @@ class Archiver:
             return
         await self.claim()
         taken = _Taken()
-        for counts in _reads(lengths):
+        reads = list(_reads(lengths))
+        rest_s = min(_REST_MOST_S, _RESTS_S / (2 * len(reads)))
+        for counts in reads:
             await self._read(counts, taken)
+            await asyncio.sleep(rest_s)
             if taken.entries >= TRANSACTION:
-                await self._move(taken)
+                await self._move(taken, rest_s)
                 taken = _Taken()
-        await self._move(taken)
+        await self._move(taken, rest_s)
 
     async def claim(self) -> None:
         """Tie store and archive together for ever, unless they are. Raises StoreError, ArchiveError, ForeignArchive."""
@@ -146,13 +151,14 @@ class Archiver:
         )
         taken.add(zip(counts, replies, strict=True))
 
-    async def _move(self, taken: "_Taken") -> None:
+    async def _move(self, taken: "_Taken", rest_s: float) -> None:
         if taken.entries:
             self._metrics.ledger_archived(await self._archive.append(taken.rows, taken.broken))
             # Exactly what was archived, by id. A trim by the last id would also take entries that a replica, made
             # primary since they were read, has given smaller ids.
             for trims in taken.trims:
                 await self._store.call_all(trims)
+                await asyncio.sleep(rest_s)
 
 
 class _Taken:

@@ -74,7 +74,7 @@ def main() -> None:
         ]
         _compare(table, ours, args.rounds)
         _peers(table, beside)
-        _latency(table, upstream, directory)
+        _latency(table, upstream, directory, args.rounds)
         _workers(table, upstream, directory, args.rounds)
         _start(table, upstream, directory, args.rounds)
     _open_streams(table)
@@ -118,7 +118,8 @@ def _peers(table: Table, openers: list[Opener]) -> None:
         table.add(f"{peer.name}: CPU per request, per event, µs", "", f"{whole:.0f}, {event:.1f}")
 
 
-def _latency(table: Table, upstream: str, directory: Path) -> None:
+def _latency(table: Table, upstream: str, directory: Path, rounds: int) -> None:
+    """Direct, gateway, passthroughs, in turn."""
     with (
         proxies.gateway(upstream, directory / "latency") as gateway,
         proxies.passthrough(upstream) as plain,
@@ -126,31 +127,37 @@ def _latency(table: Table, upstream: str, directory: Path) -> None:
     ):
         rate = uvloop.run(measures.requests_per_s(gateway, _REQUESTS)) / 2
         targets = (Target(upstream), gateway.target, plain.target, on_uvloop.target)
-        seen = [uvloop.run(measures.latency(target, rate, _LATENCY_S)) for target in targets]
+        seen = [[uvloop.run(measures.latency(one, rate, _LATENCY_S)) for one in targets] for _ in range(rounds)]
     for name, reach, of in (("p50", "1 ms", lambda one: one.p50_ms), ("p99", "3 ms", lambda one: one.p99_ms)):
-        ours, theirs, others = (f"{of(one) - of(seen[0]):.2f}" for one in seen[1:])
+        added = [[of(one) - of(direct) for one in proxied] for direct, *proxied in seen]
+        ours, theirs, others = (f"{statistics.median(column):.2f}" for column in zip(*added, strict=True))
+        beyond = statistics.median(row[0] - row[1] for row in added)
         measure = f"added latency at {rate:.0f} requests/s, {name}, ms"
-        table.add(measure, f"≤ {reach} more", ours, theirs, "", others)
+        table.add(measure, f"≤ {reach} more", f"{ours}: {beyond:.2f} more", theirs, "", others)
 
 
 def _workers(table: Table, upstream: str, directory: Path, rounds: int) -> None:
-    """By requests that are nearly all the gateway's work, and by small ones, mostly of load, model and store."""
+    """By requests that are nearly all the gateway's work, and by small ones, mostly of load, model and store; one
+    worker and two, in turn."""
     hard, easy, cores = [], [], []
-    for number in range(max(1, rounds // 2)):
-        seen = [_per_s(upstream, directory / f"workers-{number}-{workers}", workers) for workers in ("1", "2")]
-        hard.append(seen[1][0] / seen[0][0])
-        easy.append(seen[1][1] / seen[0][1])
-        cores.append(measures.two_cores())
+    with (
+        proxies.gateway(upstream, directory / "one", "--workers", "1") as one,
+        proxies.gateway(upstream, directory / "two", "--workers", "2") as two,
+    ):
+        for _ in range(rounds):
+            seen = [_per_s(gateway) for gateway in (one, two)]
+            hard.append(seen[1][0] / seen[0][0])
+            easy.append(seen[1][1] / seen[0][1])
+            cores.append(measures.two_cores())
     told = f"{statistics.median(hard):.2f} ×, of {statistics.median(cores):.2f} × that two cores are here"
     table.add(f"two workers, requests of {_MANY_MESSAGES:,} messages", "≥ 1.8 × one", told)
     table.add("two workers, small requests, load and store beside", "", f"{statistics.median(easy):.2f} ×")
 
 
-def _per_s(upstream: str, directory: Path, workers: str) -> tuple[float, float]:
-    """Requests/s of so many workers: laborious ones, and small ones."""
-    with proxies.gateway(upstream, directory, "--workers", workers) as gateway:
-        hard = uvloop.run(measures.requests_per_s(gateway, _LABORIOUS, LARGE_PROMPT_BYTES, _MANY_MESSAGES))
-        return hard, uvloop.run(measures.requests_per_s(gateway, _REQUESTS))
+def _per_s(gateway: Proxy) -> tuple[float, float]:
+    """Requests/s: laborious ones, and small ones."""
+    hard = uvloop.run(measures.requests_per_s(gateway, _LABORIOUS, LARGE_PROMPT_BYTES, _MANY_MESSAGES))
+    return hard, uvloop.run(measures.requests_per_s(gateway, _REQUESTS))
 
 
 def _start(table: Table, upstream: str, directory: Path, rounds: int) -> None:

@@ -134,7 +134,8 @@ async def closed_loop(
 
 
 async def open_loop(target: Target, request: bytes, rate: float, seconds: float) -> list[float]:
-    """Send at an even rate (requests/s), whether or not earlier ones were answered; how long each took, s."""
+    """Send at an even rate (requests/s), whether or not earlier ones were answered; how long each took, s. Those of the
+    first second are left out, while the server takes the connections."""
     took: list[float] = []
     free: list[Client] = []
     wrong_ones: list[bytes] = []
@@ -147,7 +148,7 @@ async def open_loop(target: Target, request: bytes, rate: float, seconds: float)
 
     clients = await connected(target, 256, answered)
     free += clients
-    started, count = time.perf_counter(), int(rate * seconds)
+    started, early, count = time.perf_counter(), int(rate), int(rate * (seconds + 1))
     for number in range(count):
         ahead = started + number / rate - time.perf_counter()
         if ahead > 0:
@@ -159,7 +160,7 @@ async def open_loop(target: Target, request: bytes, rate: float, seconds: float)
     close(clients)
     if wrong_ones or len(took) < 0.99 * count:
         raise RuntimeError(f"{len(took)} of {count} were answered, {len(wrong_ones)} wrongly: {wrong_ones[:1]}")
-    return took
+    return took[early:]
 
 
 def close(clients: list[Client]) -> None:
