@@ -30,7 +30,7 @@ from tests.upstreams.process import server_process
 
 RESULT = Path(__file__).with_name("result.md")
 _REQUESTS, _LARGE, _STREAMS, _OPEN_STREAMS = 6000, 600, 192, 2000
-#: Requests whose reading is nearly all of the work: as many messages, of four bytes each, so that little is left for the
+#: Requests whose reading is nearly all of the work: so many messages, of four bytes each, that little is left for the
 #: load, the model and the store, which share the cores.
 _MANY_MESSAGES, _LABORIOUS = 20_000, 200
 _LATENCY_S = 5.0
