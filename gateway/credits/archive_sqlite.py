@@ -3,8 +3,8 @@
 import sqlite3
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from gateway.credits.archive_database import CONNECT_TIMEOUT_S, Connection
 from gateway.credits.archive_rows import COLUMNS, Row
@@ -28,7 +28,10 @@ class _Connection(Connection):
         inserted = 0
         for first in range(0, len(rows), _INSERT_AT_ONCE):
             piece = rows[first : first + _INSERT_AT_ONCE]
-            inserted += self._raw.execute(_insert_entries(len(piece)), tuple(chain.from_iterable(piece))).rowcount
+            values: list[Any] = []
+            for row in piece:
+                values += row
+            inserted += self._raw.execute(_insert_entries(len(piece)), values).rowcount
         return inserted
 
 
