@@ -50,7 +50,7 @@ def ordinary_row(shard: int, stream_id: bytes, words: Sequence[bytes]) -> Row | 
     """The row that ``row_of`` would give of the parsed entry, or None for an entry that is not an ordinary one.
 
     Every request leaves an ordinary one. Its mappings become JSON text without being anything between: 30 k
-    instructions, where parsing it takes six times as many.
+    instructions, where parsing it takes ten times as many.
     """
     if len(words) != 2 * len(_ORDINARY):
         return None
