@@ -13,8 +13,8 @@ from gateway.credits.archive_rows import COLUMNS, Row
 #: wait for: 80 times for 2000 entries, not 2000 times, and each time for less than 0.1 ms.
 _INSERT_AT_ONCE = 25
 
-#: All pages that one transaction of the archiver changes: 2000 entries, each of another account. With SQLite's own 2 MiB
-#: it writes pages out and reads them again before the transaction ends: 4 µs of the system's time for each such entry.
+#: Room for all pages that one transaction changes: 2000 entries, each of another account. With SQLite's own 2 MiB it
+#: writes pages out and reads them again before the transaction ends: 4 µs of the system's time for each such entry.
 _CACHE_KIB = 12 * 1024
 
 

@@ -85,7 +85,8 @@ def log_request(
     second = int(now)
     begin, then = _around_moment(second)
     number = request_id if request_id.isidentifier() and len(request_id) <= MAX_TEXT else _escaped(request_id)
-    known = _known if model is None or len(model) <= MAX_TEXT else _known.__wrapped__  # a memo has short names only
+    # No memo of what others may write at any length: an upstream's reason, a client's name of a model.
+    known = _known if reason is None and (model is None or len(model) <= MAX_TEXT) else _known.__wrapped__
     reserved = "null" if reserved_nano is None else f'"{format_credits(reserved_nano)}"'
     cost = "null" if cost_nano is None else f'"{format_credits(cost_nano)}"'
     overhead = "null" if overhead_seconds is None else f"{overhead_seconds:.6f}"
