@@ -44,11 +44,12 @@ class WholeAnswer(web.StreamResponse):
     def written(self, request: web.BaseRequest) -> bytes:
         """The answer to request as it goes over the wire; decides whether the connection lives on. Raises ValueError
         for a content type that would not stay one."""
+        message = request._message  # what the properties of request look up one by one
         if self._keep_alive is None:
-            self._keep_alive = request.keep_alive
+            self._keep_alive = not message.should_close
         if "\n" in self._media_type or "\r" in self._media_type:
             raise ValueError("a content type with a line break in it")
-        start, last = _around_lines(request.version, self._status, self._keep_alive)
+        start, last = _around_lines(message.version, self._status, self._keep_alive)
         others = "".join([f"{name}: {value}\r\n" for name, value in self._headers.items()]) if self._headers else ""
         head = (
             f"{start}{self._lines}{others}{last}Content-Type: {self._media_type}\r\n"
