@@ -42,7 +42,8 @@ class Api(ABC):
         through besides. Raises InvalidRequest for a field of the wrong type, out of range, or not known to be free."""
         if not isinstance(body, dict):
             raise InvalidRequest("the body must be a JSON object")
-        refuse_unknown(body, self.fields, allowed)
+        if not body.keys() <= self.fields:
+            refuse_unknown(body, self.fields, allowed)
         model = body.get("model")
         if not isinstance(model, str) or not model:
             raise InvalidRequest("'model' must be a string", "model")

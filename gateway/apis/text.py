@@ -42,7 +42,9 @@ _PLAIN = Streamed(stream=False), Streamed(stream=True)
 
 def read_stream(body: dict[str, Any]) -> Streamed:
     """Whether the answer is streamed, and what of its usage is shown."""
-    streamed = boolean(body, "stream")
+    streamed = body.get("stream")
+    if streamed is not True and streamed is not False:
+        streamed = boolean(body, "stream")
     options = mapping(body, "stream_options") if "stream_options" in body else None
     if not options:
         return _PLAIN[streamed]

@@ -3,8 +3,8 @@
 import sqlite3
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from gateway.credits.archive_database import CONNECT_TIMEOUT_S, Connection
 from gateway.credits.archive_rows import COLUMNS, Row
@@ -12,6 +12,10 @@ from gateway.credits.archive_rows import COLUMNS, Row
 #: Rows of a statement. Before and after each, Python's lock is let go and taken again, which the event loop may have to
 #: wait for: 80 times for 2000 entries, not 2000 times, and each time for less than 0.1 ms.
 _INSERT_AT_ONCE = 25
+
+#: Room for all pages that one transaction changes: 2000 entries, each of another account. With SQLite's own 2 MiB it
+#: writes pages out and reads them again before the transaction ends: 4 µs of the system's time for each such entry.
+_CACHE_KIB = 12 * 1024
 
 
 @lru_cache(maxsize=_INSERT_AT_ONCE)
@@ -28,7 +32,10 @@ class _Connection(Connection):
         inserted = 0
         for first in range(0, len(rows), _INSERT_AT_ONCE):
             piece = rows[first : first + _INSERT_AT_ONCE]
-            inserted += self._raw.execute(_insert_entries(len(piece)), tuple(chain.from_iterable(piece))).rowcount
+            values: list[Any] = []
+            for row in piece:
+                values += row
+            inserted += self._raw.execute(_insert_entries(len(piece)), values).rowcount
         return inserted
 
 
@@ -55,6 +62,7 @@ class Sqlite:
         """Let readers and a writer work side by side, and have every commit on the disk."""
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
 
     def has_tables(self, connection: Connection) -> bool:
         """Whether the archive was ever made."""

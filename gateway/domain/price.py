@@ -141,7 +141,7 @@ class Prices:
     images: Mapping[tuple[str, str], int] = field(default_factory=lambda: MappingProxyType({}))
     # By reach, downwards: the dearest input token and output token of a request with more input than that.
     _dearest: tuple[tuple[int, tuple[int, int]], ...] = field(init=False, repr=False, compare=False)
-    _sells_units: bool = field(init=False, repr=False, compare=False)
+    sells_units: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         reach: list[tuple[int, tuple[int, int]]] = []
@@ -153,7 +153,7 @@ class Prices:
             reach.insert(0, (above, (dearest_input, dearest_output)))
         object.__setattr__(self, "_dearest", tuple(reach))
         units = self.request_femto or self.audio_ms_femto or self.character_femto or self.images
-        object.__setattr__(self, "_sells_units", bool(units))
+        object.__setattr__(self, "sells_units", bool(units))
 
     def figures(self) -> list[str]:
         """All that is charged, whether it was written or not: equal for equal prices."""
@@ -167,7 +167,7 @@ class Prices:
         """The exact cost in femto-credits."""
         tokens = self._tokens_at(metered.input) if self.tiers else self.tokens
         femto = 0 if tokens is None else tokens.femto(metered)
-        return femto + self.units_femto(metered) if self._sells_units else femto
+        return femto + self.units_femto(metered) if self.sells_units else femto
 
     def units_femto(self, metered: Metered) -> int:
         """The part of the cost that is not tokens."""
@@ -190,7 +190,7 @@ class Prices:
         """The same of so many tokens, and of what in units is not tokens."""
         dearest_input, dearest_output = self.dearest_femto(input_tokens)
         femto = input_tokens * dearest_input + output_tokens * dearest_output
-        return femto + self.units_femto(units) if self._sells_units else femto
+        return femto + self.units_femto(units) if self.sells_units else femto
 
     def dearest_femto(self, input_tokens: int) -> tuple[int, int]:
         """The most that a token of the input, and one of the output, can cost in a request of up to input_tokens."""

@@ -78,7 +78,7 @@ class Ask:
     def of_size(self, size_bytes: int) -> "Ask":
         """Itself, with the size of the body that will be forwarded added: once, by who has read it."""
         if self.input_bytes is not None:  # a copy of so many fields takes 5 µs
-            object.__setattr__(self, "input_bytes", self.input_bytes + size_bytes)
+            self.input_bytes += size_bytes  # type: ignore[misc]
         return self
 
 
@@ -113,12 +113,14 @@ def bound_of(ask: Ask, model: Model) -> Bound:
     prompts, window = ask.prompts, model.context_window
     input_tokens = window * prompts
     if ask.input_bytes is not None:
-        input_tokens = min(input_tokens, ask.input_bytes + ask.template_bytes + model.template_tokens * prompts)
+        text_tokens = ask.input_bytes + ask.template_bytes + model.template_tokens * prompts
+        input_tokens = text_tokens if text_tokens < input_tokens else input_tokens
     units = ask.units if ask.units is NO_UNITS else _most_units(ask.units, model)
     answers = ask.completions * prompts
     if not answers:
         return Bound(input_tokens, 0, 0, units=units)
-    most, asked = min(model.max_output_tokens, window), ask.max_tokens
+    most, asked = model.max_output_tokens, ask.max_tokens
+    most = most if most < window else window
     if asked is None:
         # Servers refuse a max_tokens that does not fit beside the prompt. The client named none, so what is put
         # in must fit: beside the bound where that is small, else beside three quarters of the context window.
@@ -147,9 +149,11 @@ def worst_parts(bound: Bound, model: Model) -> tuple[int, int]:
     """The dearest cost that the use can have, in femto-credits: of all but its answers (all input at the dearest input
     price, what is not tokens, the prompts that answers repeat), and of one token more in each of its answers."""
     prices, input_tokens = model.prices, bound.input_tokens
-    token = bound.answers * prices.dearest_femto(input_tokens)[1]
-    repeated = input_tokens * token if bound.echo else 0
-    return prices.most_of(input_tokens, 0, bound.units) + repeated, token
+    dearest_input, dearest_output = prices.dearest_femto(input_tokens)
+    fixed, token = input_tokens * dearest_input, bound.answers * dearest_output
+    if prices.sells_units:
+        fixed += prices.units_femto(bound.units)
+    return (fixed + input_tokens * token if bound.echo else fixed), token
 
 
 def worst_femto(bound: Bound, model: Model, output_tokens_each: int) -> int:

@@ -489,12 +489,14 @@ def _funds_metadata(denial: Denied, plan: Plan) -> dict[str, object]:
 
 def funds_lines(funds: Funds) -> str:
     """What is left, for every metered answer: lines of its head."""
-    window = funds.tightest
-    lines = (
-        f"x-credits-allowance-remaining: {format_credits(window.remaining_nano)}\r\n"
-        f"x-credits-balance: {format_credits(funds.balance_nano)}\r\n"
+    _, balance_nano, _, _, _, windows = funds
+    _, granted_nano, used_nano, held_nano, resets_at_ms = windows[0] if len(windows) == 1 else funds.tightest
+    left_nano = granted_nano - used_nano - held_nano  # as the window's own remaining_nano, which takes 2 k instructions
+    resets_at = f"x-credits-allowance-resets-at: {rfc3339(resets_at_ms)}\r\n" if windows else ""
+    return (
+        f"x-credits-allowance-remaining: {format_credits(left_nano if left_nano > 0 else 0)}\r\n"
+        f"x-credits-balance: {format_credits(balance_nano)}\r\n{resets_at}"
     )
-    return f"{lines}x-credits-allowance-resets-at: {rfc3339(window.resets_at_ms)}\r\n" if funds.windows else lines
 
 
 def funds_headers(funds: Funds) -> dict[str, str]:

@@ -11,7 +11,7 @@ from aiohttp import web
 from gateway.apis.api import Dialect
 from gateway.config.model import GatewayConfig
 from gateway.credits.service import Identity, Reservation
-from gateway.domain.decision import Settlement
+from gateway.domain.decision import Settlement, source_of
 from gateway.domain.metered import Metered
 from gateway.domain.model import Model
 from gateway.domain.money import format_credits
@@ -89,21 +89,25 @@ def credit_headers(exchange: Exchange) -> dict[str, str]:
 
 def credit_lines(exchange: Exchange) -> str:
     """The same as the lines of a head: written as one text, at a third of what headers one by one take."""
-    reservation, settlement = exchange.reservation, exchange.settlement
+    reservation, settlement, number = exchange.reservation, exchange.settlement, exchange.id
     assert reservation is not None
-    reserved, number = reservation.reserved, exchange.id
-    held = format_credits(reserved.held_nano)
-    lines = f"x-request-id: {number}\r\nrequest-id: {number}\r\nx-credits-reserved: {held}\r\n"
-    funds, source = reserved.funds, reserved.source
+    _, _, from_allowance_nano, from_balance_nano, funds = reservation.reserved
+    held = format_credits(from_allowance_nano + from_balance_nano)
+    cost = model = limit = ""
     if settlement is not None:
-        funds, cost_nano = settlement.funds or funds, settlement.cost_nano
-        source = settlement.source if cost_nano else source
-        lines += f"x-credits-cost: {format_credits(cost_nano)}\r\n"
+        _, _, paid_by_allowance_nano, paid_by_balance_nano, written_off_nano, _, after = settlement
+        funds, cost_nano = after or funds, paid_by_allowance_nano + paid_by_balance_nano + written_off_nano
+        cost = f"x-credits-cost: {format_credits(cost_nano)}\r\n"
+        if cost_nano:
+            from_allowance_nano, from_balance_nano = paid_by_allowance_nano, paid_by_balance_nano
     if exchange.answering is not None and exchange.answering.name != exchange.model_name:
-        lines += f"x-credits-model: {exchange.answering.name}\r\n"
+        model = f"x-credits-model: {exchange.answering.name}\r\n"
     if exchange.max_tokens is not None:
-        lines += f"x-credits-max-tokens: {exchange.max_tokens}\r\n"
-    return f"{lines}x-credits-source: {source}\r\n{funds_lines(funds)}"
+        limit = f"x-credits-max-tokens: {exchange.max_tokens}\r\n"
+    return (
+        f"x-request-id: {number}\r\nrequest-id: {number}\r\nx-credits-reserved: {held}\r\n{cost}{model}{limit}"
+        f"x-credits-source: {source_of(from_allowance_nano, from_balance_nano)}\r\n{funds_lines(funds)}"
+    )
 
 
 def cost_fields(settlement: Settlement | None) -> Mapping[str, object] | None:

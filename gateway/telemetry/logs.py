@@ -81,29 +81,51 @@ def log_request(
     """
     if not _requests.isEnabledFor(logging.INFO):
         return
-    line: dict[str, object] = {
-        "time": _moment(time.time_ns() // 1_000_000),
-        "level": "info",
-        "logger": _requests.name,
-        "message": "request",
-        **_process,
-        "request_id": _text(request_id),
-        "account": account and _text(account),
-        "key_id": key_id and _text(key_id),
-        "model": model and _text(model),
-        "status": status,
-        "decision": decision,
-        "reason": reason,
-        "reserved": None if reserved_nano is None else format_credits(reserved_nano),
-        "cost": None if cost_nano is None else format_credits(cost_nano),
-        "seconds": _in_microseconds(seconds),
-        "overhead_seconds": None if overhead_seconds is None else _in_microseconds(overhead_seconds),
-        "first_token_seconds": None if first_token_seconds is None else _in_microseconds(first_token_seconds),
-    }
+    now = time.time()
+    second = int(now)
+    begin, then = _around_moment(second)
+    number = request_id if request_id.isidentifier() and len(request_id) <= MAX_TEXT else _escaped(request_id)
+    # No memo of what others may write at any length: an upstream's reason, a client's name of a model.
+    known = _known if reason is None and (model is None or len(model) <= MAX_TEXT) else _known.__wrapped__
+    reserved = "null" if reserved_nano is None else f'"{format_credits(reserved_nano)}"'
+    cost = "null" if cost_nano is None else f'"{format_credits(cost_nano)}"'
+    overhead = "null" if overhead_seconds is None else f"{overhead_seconds:.6f}"
+    first_token = "null" if first_token_seconds is None else f"{first_token_seconds:.6f}"
+    # Put together as text, of memos where it can be: 18 k instructions, where a dict took 30 k.
+    line = (
+        f'{begin}{_MILLISECONDS[int((now - second) * 1000)]}{then}"{number}",'
+        f'{known(account, key_id, model, status, decision, reason)},"reserved":{reserved},"cost":{cost},'
+        f'"seconds":{seconds:.6f},"overhead_seconds":{overhead},"first_token_seconds":{first_token}}}\n'
+    )
     # The line of every request goes past the logging package, which takes 21 µs for it: this takes 3 µs.
     if not _unwritten:
         asyncio.get_running_loop().call_soon(_write)
-    _unwritten.append(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+    _unwritten.append(line.encode())
+
+
+@lru_cache(maxsize=2)
+def _around_moment(second: int) -> tuple[str, str]:
+    """What stands in the line of a request before the fraction of its second, and from there to its id."""
+    constant = {"level": "info", "logger": _requests.name, "message": "request", **_process}
+    return f'{{"time":"{_second(second)}', f'",{_members(constant)},"request_id":'
+
+
+@lru_cache(maxsize=4096)
+def _known(
+    account: str | None, key_id: str | None, model: str | None, status: int, decision: str, reason: str | None
+) -> str:
+    """The members of a line that many requests have in common."""
+    names = {"account": account, "key_id": key_id, "model": model}
+    told = {name: text and _text(text) for name, text in names.items()}
+    return _members({**told, "status": status, "decision": decision, "reason": reason})
+
+
+def _members(members: dict[str, Any]) -> str:
+    return orjson.dumps(members)[1:-1].decode()
+
+
+def _escaped(text: str) -> str:
+    return orjson.dumps(_text(text))[1:-1].decode()
 
 
 #: Lines of requests that ended in this turn of the event loop: to write each by itself takes 3 µs.
@@ -131,10 +153,6 @@ def _blocks(lines: list[bytes]) -> list[bytes]:
             blocks.append(b"")
         blocks[-1] += line
     return blocks
-
-
-def _in_microseconds(seconds: float) -> float:
-    return int(seconds * 1e6 + 0.5) / 1e6  # a quarter of the work of round()
 
 
 _MILLISECONDS = [f".{ms:03d}+00:00" for ms in range(1000)]

@@ -57,6 +57,29 @@ def test_a_request_is_one_line_of_json() -> None:
     }
 
 
+def test_what_a_request_did_not_come_to_is_null_in_its_line() -> None:
+    (line,) = logged(
+        """
+        import asyncio
+        from gateway.telemetry.logs import log_request, setup_logging
+        async def request():
+            log_request(request_id="req_1", account=None, key_id=None, model=None, status=401, decision="none",
+                        reason='a "reason"', seconds=0.0000004, first_token_seconds=123.4)
+        setup_logging("info", 2)
+        asyncio.run(request())
+        """
+    )
+    assert list(line) == [
+        *("time", "level", "logger", "message", "worker", "request_id", "account", "key_id", "model", "status"),
+        *("decision", "reason", "reserved", "cost", "seconds", "overhead_seconds", "first_token_seconds"),
+    ]
+    del line["time"], line["level"], line["logger"], line["message"]
+    assert list(line.values()) == [
+        *(2, "req_1", None, None, None, 401, "none", 'a "reason"'),
+        *(None, None, 0, None, 123.4),
+    ]
+
+
 def test_lines_of_several_processes_do_not_mix_in_their_pipe() -> None:
     script = textwrap.dedent(REQUEST.format(times=2000, request_id="r", model="m" * 200))
     reading, writing = os.pipe()
