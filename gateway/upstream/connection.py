@@ -36,8 +36,7 @@ class Pieces(tuple[bytes | memoryview, ...]):
 
 def in_pieces(*pieces: bytes | memoryview) -> bytes | Pieces:
     """A body of these pieces, joined where that is cheaper."""
-    body = Pieces(pieces)
-    return bytes(body) if body.size_bytes <= _ONE_WRITE_BYTES else body
+    return b"".join(pieces) if sum(map(len, pieces)) <= _ONE_WRITE_BYTES else Pieces(pieces)
 
 
 class Connection(asyncio.Protocol):
