@@ -4,7 +4,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -68,8 +68,15 @@ class Forwarding:
         inflight = self._metrics.upstream_inflight(upstream.name)
         inflight.add()
         try:
-            async with self._client.send(upstream, "POST", target, headers, body) as answer:
+            answer = None if isinstance(body, Upload) else self._client.begin(upstream, target, headers, body)
+            if answer is None:
+                async with self._client.send(upstream, "POST", target, headers, body) as answer:
+                    return await self._answer(exchange, request, sent, answer)
+            try:
+                await answer.head()
                 return await self._answer(exchange, request, sent, answer)
+            finally:
+                answer.abandon()  # nothing, if it is whole
         finally:
             inflight.add(-1)
 
@@ -125,17 +132,18 @@ class Forwarding:
         self._reports.spent(exchange, "forward", started)
         return quote, upstream, body
 
-    async def _answer(
+    def _answer(
         self, exchange: Exchange, request: web.BaseRequest, quote: Quote, answer: UpstreamAnswer
-    ) -> web.StreamResponse:
+    ) -> Awaitable[web.StreamResponse]:
+        # Each is a coroutine already: one around them would be entered and left at every wait.
         exchange.answering = quote.model
         if answer.status != 200:
-            return await self._pass_error(exchange, answer)
+            return self._pass_error(exchange, answer)
         if quote.ask.stream and answer.content_type == "text/event-stream":
-            return await self._relay.relay(exchange, request, quote, answer)
+            return self._relay.relay(exchange, request, quote, answer)
         if quote.api.passes_bytes and answer.content_type != "application/json":
-            return await self._passing.pass_on(exchange, request, quote, answer)
-        return await self._whole(exchange, quote, answer)
+            return self._passing.pass_on(exchange, request, quote, answer)
+        return self._whole(exchange, quote, answer)
 
     async def free(
         self, exchange: Exchange, request: web.BaseRequest, upstream: Upstream, api: FreeApi, body: bytes
@@ -177,7 +185,8 @@ class Forwarding:
         return self._reports.fail(exchange, failure, _retry_header(answer))
 
     async def _whole(self, exchange: Exchange, quote: Quote, answer: UpstreamAnswer) -> web.StreamResponse:
-        body = await answer.body(exchange.config.limits.response_bytes)
+        most_bytes = exchange.config.limits.response_bytes
+        body = answer.body_at_hand(most_bytes) or await answer.body(most_bytes)
         read = quote.api.answer_to(quote.ask, body)
         if read is None:
             log.warning("%s: the upstream's answer is of no use", exchange.id)

@@ -36,8 +36,8 @@ class Head:
         self._base_url = upstream.base_url
         said = {"Host": url.host_port_subcomponent or "", "Accept-Encoding": "identity", **_key_of(upstream)}
         self._own = _lines([f"{name}: {value}" for name, value in said.items()])
-        # Clients say much the same each time, so nearly every head is known but for its length: 9 k instructions instead
-        # of 22 k. By method, path, the names of the client's headers and what those say that may pass.
+        # By method, path, the names of the client's headers and what those say that may pass. Clients say much the same
+        # each time, so nearly every head is known but for its length: 9 k instructions instead of 22 k.
         self._beginnings: dict[tuple[str, str, tuple[str, ...], object], bytes] = {}
 
     def written(
