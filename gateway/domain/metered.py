@@ -55,10 +55,25 @@ class Metered:
 
     def figures(self) -> dict[str, int]:
         """By kind, what is not zero; that it is one request goes without saying."""
-        given, made, *others = counts = _counts_of(self)
-        if given and made and not any(others) and not self.images:  # as most requests: a third of the work
+        given, made = self.input, self.output
+        if (
+            given
+            and made
+            and not (
+                self.cache_read
+                or self.cache_write
+                or self.audio_input
+                or self.image_input
+                or self.audio_output
+                or self.image_output
+                or self.reasoning
+                or self.images
+                or self.audio_ms
+                or self.characters
+            )
+        ):  # as most requests: a fifth of the work
             return {"input": given, "output": made}
-        figures = {name: count for name, count in zip(_COUNTS, counts, strict=True) if count}
+        figures = {name: count for name, count in zip(_COUNTS, _counts_of(self), strict=True) if count}
         return {**figures, "images": self.image_count} if self.images else figures
 
 
