@@ -213,7 +213,8 @@ class UpstreamAnswer:
         if body:
             self._pieces.append(body)
             self._held = len(body)
-        self.end()
+        self._ended, self._line = True, None
+        self._wake()
 
     def take(self, block: bytes) -> bool:
         """A part of the body has come; whether more is wanted now."""

@@ -35,9 +35,11 @@ class Pieces(tuple[bytes | memoryview, ...]):
         return b"".join(self)
 
 
-def in_pieces(*pieces: bytes | memoryview) -> bytes | Pieces:
-    """A body of these pieces, joined where that is cheaper."""
-    return b"".join(pieces) if sum(map(len, pieces)) <= _ONE_WRITE_BYTES else Pieces(pieces)
+def merged(first: bytes, second: bytes) -> bytes | Pieces:
+    """Two JSON objects, neither empty, as a body that is one; joined where that is cheaper."""
+    if len(first) + len(second) <= _ONE_WRITE_BYTES:
+        return b"%b,%b" % (first[:-1], second[1:])
+    return Pieces((first[:-1], b",", memoryview(second)[1:]))
 
 
 class Connection(asyncio.Protocol):
