@@ -62,21 +62,18 @@ class Chat(Api):
         if not _EXTRAS.isdisjoint(body):
             _check_extras(body)
             template_bytes = as_template_writes(body, _SCHEMAS)
-        limit, older_limit = whole(body, "max_completion_tokens", 1), whole(body, "max_tokens", 1)
+        limit = whole(body, "max_completion_tokens", 1) if "max_completion_tokens" in body else None
+        older_limit = whole(body, "max_tokens", 1)
         if limit is None or (older_limit is not None and older_limit < limit):
             limit = older_limit
-        streamed = read_stream(body)
+        stream, wants_usage, wants_running_usage = read_stream(body)
+        completions = (whole(body, "n", 1, MAX_COMPLETIONS) or 1) if "n" in body else 1
+        # By their places (…, prompts, completions, template_bytes, least_input_tokens, max_tokens, echo, …): by their
+        # names it takes twice as long.
         return Ask(
-            "chat",
-            model,
-            input_bytes,
-            template_bytes=template_bytes,
-            completions=whole(body, "n", 1, MAX_COMPLETIONS) or 1,
-            max_tokens=limit,
-            stream=streamed.stream,
-            wants_usage=streamed.wants_usage,
-            wants_running_usage=streamed.wants_running_usage,
-        )
+            "chat", model, input_bytes, 1, completions, template_bytes, 0, limit, False,
+            stream, wants_usage, wants_running_usage,
+        )  # fmt: skip
 
 
 def _check_extras(body: dict[str, Any]) -> None:
@@ -101,7 +98,7 @@ def _are_texts(messages: list[Any]) -> bool:
     texts = True
     for index, message in enumerate(messages):
         # As nearly all are: without the call, a third of the work.
-        if type(message) is dict and type(message.get("content")) is str and message.keys() <= _MESSAGE_KEYS:
+        if type(message) is dict and type(message.get("content")) is str and _MESSAGE_KEYS.issuperset(message):
             continue
         texts = _is_text(message, index) and texts
     return texts

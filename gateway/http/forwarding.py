@@ -233,7 +233,9 @@ def _within_hold(exchange: Exchange, quote: Quote, reservation: Reservation) -> 
     if quote.bound.indivisible:  # all of it is held
         return quote
     payable = reservation.reserved.payg_nano
-    if exchange.slices.get(quote.model.name) is not None:  # the hold will grow, as far as there are credits
+    if (
+        exchange.slices and exchange.slices.get(quote.model.name) is not None
+    ):  # the hold will grow, as far as there are credits
         payable = max(payable, payable_nano(reservation.reserved.funds, reservation.plan))
     affordable = most = quote.bound.output_tokens_each
     if payable * FEMTO_PER_NANO < quote.most_femto:
