@@ -180,7 +180,6 @@ class Connection(asyncio.Protocol):
         if answer is None:
             self.drop()  # nobody has asked: it would be taken for the next answer
             return
-        answer.heard_at = self._loop.time()
         if not self._heard:
             self._heard = True
             plain = None if self._head_only else read_plain(data)
@@ -190,6 +189,7 @@ class Connection(asyncio.Protocol):
                 answer.arrive(plain)
                 return
             self._begin_to_parse()
+        answer.heard_at = self._loop.time()
         try:
             if answer.status:
                 self._feed(data)

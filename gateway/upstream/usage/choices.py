@@ -69,15 +69,15 @@ def read_choices(body: bytes) -> Answer | None:
     document = document_of(body)
     if document is None:
         return None
-    found = document.get("choices")
+    found, usage = document.get("choices"), read_usage(document.get("usage"))
+    if _SIGNS.isdisjoint(document) and (text := _only_text(found)) is not None:
+        return Answer(usage, len(text) if text.isascii() else bytes_of(text), len(text))
     texts, signs = [], _signs_in(document)
-    if not signs and (text := _only_text(found)) is not None:
-        return Answer(read_usage(document.get("usage")), bytes_of(text), len(text))
     for choice in found if isinstance(found, list) else ():
         if isinstance(choice, dict):
             texts += _texts_of(choice)
             signs += _signs_in(choice)
-    return answer_of(texts, read_usage(document.get("usage")), signs)
+    return answer_of(texts, usage, signs)
 
 
 def _only_text(found: Any) -> str | None:
