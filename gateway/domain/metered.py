@@ -53,12 +53,12 @@ class Metered:
         """Images in all."""
         return sum(images.count for images in self.images)
 
-    def figures(self) -> dict[str, int]:
-        """By kind, what is not zero; that it is one request goes without saying."""
-        given, made = self.input, self.output
-        if (
-            given
-            and made
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is input and output and nothing else, as of most requests."""
+        return bool(
+            self.input
+            and self.output
             and not (
                 self.cache_read
                 or self.cache_write
@@ -71,8 +71,12 @@ class Metered:
                 or self.audio_ms
                 or self.characters
             )
-        ):  # as most requests: a fifth of the work
-            return {"input": given, "output": made}
+        )
+
+    def figures(self) -> dict[str, int]:
+        """By kind, what is not zero; that it is one request goes without saying."""
+        if self.is_plain:  # a fifth of the work
+            return {"input": self.input, "output": self.output}
         figures = {name: count for name, count in zip(_COUNTS, _counts_of(self), strict=True) if count}
         return {**figures, "images": self.image_count} if self.images else figures
 

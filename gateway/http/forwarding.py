@@ -191,8 +191,12 @@ class Forwarding:
         if read is None:
             log.warning("%s: the upstream's answer is of no use", exchange.id)
             return self._reports.fail(exchange, errors.upstream_unavailable())
-        self._reports.watch_overrun(exchange, quote, read.usage)
-        await self._settling.charge(exchange, quote.model, quote.most_femto, read.metered(quote.ask, quote.bound))
+        metered, usage = read.metered(quote.ask, quote.bound), read.usage
+        if usage is not None and (usage.input_tokens, usage.output_tokens) != (metered.input, metered.output):
+            self._reports.watch_overrun(
+                exchange, quote, usage
+            )  # what is charged as it was reported is within the bound
+        await self._settling.charge(exchange, quote.model, quote.most_femto, metered)
         return WholeAnswer(200, credit_lines(exchange), answer.content_type_header, body)
 
 
