@@ -59,13 +59,13 @@ class Chat(Api):
             _check_extras(body)
             template_bytes = as_template_writes(body, _SCHEMAS)
         limit = whole(body, "max_completion_tokens", 1) if "max_completion_tokens" in body else None
-        older_limit = whole(body, "max_tokens", 1)
-        if limit is None or (older_limit is not None and older_limit < limit):
-            limit = older_limit
+        if "max_tokens" in body:
+            older_limit = whole(body, "max_tokens", 1)
+            if limit is None or (older_limit is not None and older_limit < limit):
+                limit = older_limit
         stream, wants_usage, wants_running_usage = read_stream(body)
         completions = (whole(body, "n", 1, MAX_COMPLETIONS) or 1) if "n" in body else 1
-        # By their places (…, prompts, completions, template_bytes, least_input_tokens, max_tokens, echo, …): by their
-        # names it takes twice as long.
+        # In the order of its fields: by their names it takes twice the time.
         return Ask(
             "chat", model, input_bytes, 1, completions, template_bytes, 0, limit, False,
             stream, wants_usage, wants_running_usage,
