@@ -66,7 +66,7 @@ class Forwarding:
         sent, upstream, body = self._prepared(exchange, last, reservation)
         target, headers = _target_of(request, last.api), _headers_of(request, last.model)
         inflight = self._metrics.upstream_inflight(upstream.name)
-        inflight.add()
+        inflight.total += 1
         try:
             answer = None if isinstance(body, Upload) else self._client.begin(upstream, target, headers, body)
             if answer is None:
@@ -78,7 +78,7 @@ class Forwarding:
             finally:
                 answer.abandon()  # nothing, if it is whole
         finally:
-            inflight.add(-1)
+            inflight.total -= 1
 
     async def _unless_it_fails(
         self, exchange: Exchange, request: web.BaseRequest, quote: Quote, reservation: Reservation
@@ -166,12 +166,12 @@ class Forwarding:
         method: str = "POST",
     ) -> AsyncIterator[UpstreamAnswer]:
         inflight = self._metrics.upstream_inflight(upstream.name)
-        inflight.add()
+        inflight.total += 1
         try:
             async with self._client.send(upstream, method, target, headers, body) as answer:
                 yield answer
         finally:
-            inflight.add(-1)
+            inflight.total -= 1
 
     async def _pass_error(self, exchange: Exchange, answer: UpstreamAnswer) -> web.Response:
         if answer.status in (401, 402, 403):  # about the operator's key or credits, not the customer's
@@ -242,7 +242,8 @@ def _within_hold(exchange: Exchange, quote: Quote, reservation: Reservation) -> 
     ):  # the hold will grow, as far as there are credits
         payable = max(payable, payable_nano(reservation.reserved.funds, reservation.plan))
     affordable = most = quote.bound.output_tokens_each
-    if payable * FEMTO_PER_NANO < quote.most_femto:
+    fixed_femto, token_femto = quote.worst
+    if payable * FEMTO_PER_NANO < fixed_femto + most * token_femto:
         affordable = affordable_output(quote.bound, quote.model, payable * FEMTO_PER_NANO)
     if affordable < most or affordable < (quote.ask.max_tokens or 0):
         exchange.max_tokens = affordable

@@ -94,14 +94,12 @@ class Connection(asyncio.Protocol):
         self._answer = answer = UpstreamAnswer(self._loop, self, idle_s, deadline)
         if self._timer is None or self._timer_at > answer.heard_at + idle_s or self._timer_at > deadline:
             self._watch(answer.due(answer.heard_at))
-        if not body:
-            self._transport.write(head)
-        elif isinstance(body, Pieces):
-            self._transport.writelines((head, *body))
-        elif len(body) <= _ONE_WRITE_BYTES:
+        if type(body) is bytes and len(body) <= _ONE_WRITE_BYTES:
             self._transport.write(head + body)
+        elif not body:
+            self._transport.write(head)
         else:
-            self._transport.writelines((head, body))
+            self._transport.writelines((head, *body) if isinstance(body, Pieces) else (head, body))
         return answer
 
     async def write(self, block: bytes) -> None:
