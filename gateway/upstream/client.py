@@ -81,7 +81,7 @@ class UpstreamClient:
         """The same of a POST, sent at once over a connection that is idle; None where there is none.
 
         The answer's head is to be waited for, and it must be abandoned in the end. Without the layers of a block the
-        usual request is 12 k instructions cheaper.
+        usual request is 10 k instructions cheaper.
         """
         peer, head = self.written(upstream, "POST", path, headers, body)
         connection = peer.pool.idle()

@@ -16,13 +16,14 @@ from gateway.upstream.upload import Upload
 
 #: What a customer's client may say to an upstream. Everything else stays here, above all every form of a key.
 _FORWARDED = frozenset({"accept", "user-agent", "openai-beta", "traceparent", "tracestate"})
+_EACH_ITS_OWN = frozenset({"traceparent", "tracestate"})
 _FORWARDED_PREFIX = "anthropic-"
 _AGENT = f"quota-gateway/{__version__}"
 _AGENT_LINE = f"User-Agent: {_AGENT}"
 # Requests that have no body need not say so.
 _BODILESS = frozenset({"GET", "HEAD", "OPTIONS"})
-_MOST_CUSTOMS = 64
-_MOST_BEGINNINGS = 64
+_MOST_CUSTOMS = _MOST_BEGINNINGS = 32
+_MOST_KEPT_BYTES = 1024
 _JSON_OF = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 
 _Key = TypeVar("_Key")
@@ -54,11 +55,14 @@ class Head:
         custom = self._customs.get(names)
         if custom is None:
             custom = _remember(self._customs, names, _Custom(names), _MOST_CUSTOMS)
+        if custom.values_of is None:
+            return self._beginning(method, path, headers) + _of_body(method, body)
         said = method, path, custom.values_of(headers)
         beginning = custom.beginnings.get(said)
         if beginning is None:
-            written = self._beginning(method, path, headers)
-            beginning = _remember(custom.beginnings, said, written, _MOST_BEGINNINGS)
+            beginning = self._beginning(method, path, headers)
+            if len(beginning) <= _MOST_KEPT_BYTES:
+                _remember(custom.beginnings, said, beginning, _MOST_BEGINNINGS)
         return beginning + _of_body(method, body)
 
     def _beginning(self, method: str, path: str, headers: Mapping[str, str]) -> bytes:
@@ -90,8 +94,8 @@ class _Custom:
     """How some clients write: the same headers in the same order, and nearly always with the same in those that may
     pass. So nearly every head is known but for its length: 8 k instructions instead of 22 k.
 
-    values_of: takes all that may pass out of such headers. beginnings: heads up to what they say of the body, by
-    method, path and those values.
+    values_of: takes all that may pass out of such headers; None where that would be another for each request, or is
+    not found by its name. beginnings: heads up to what they say of the body, by method, path and those values.
     """
 
     __slots__ = ("beginnings", "values_of")
@@ -99,19 +103,14 @@ class _Custom:
     def __init__(self, names: tuple[str, ...]) -> None:
         self.beginnings: dict[tuple[str, str, object], bytes] = {}
         passing = [name for name in names if _passes(name)]
-        self.values_of: Callable[[Mapping[str, str]], object]
-        if len({name.lower() for name in passing}) == len(passing):
+        lower = {name.lower() for name in passing}
+        self.values_of: Callable[[Mapping[str, str]], object] | None = None
+        if len(lower) == len(passing) and lower.isdisjoint(_EACH_ITS_OWN):
             self.values_of = itemgetter(*passing) if passing else _no_values
-        else:  # by its name only the first of several is found
-            self.values_of = _all_values
 
 
 def _no_values(_: Mapping[str, str]) -> None:
     return None
-
-
-def _all_values(headers: Mapping[str, str]) -> tuple[str, ...]:
-    return tuple([value for name, value in headers.items() if _passes(name)])
 
 
 def _remember(known: dict[_Key, _Known], key: _Key, what: _Known, most: int) -> _Known:

@@ -57,7 +57,13 @@ async def test_each_request_says_its_own(client: UpstreamClient, listener: Liste
     once = CIMultiDict([("Accept", "a/a"), ("X-Other", "1")])
     again = CIMultiDict([("Accept", "b/b"), ("X-Other", "2")])
     twice = CIMultiDict([("Accept", "a/a"), ("accept", "b/b")])
-    for headers, said in ((once, ["a/a"]), (again, ["b/b"]), (once, ["a/a"]), (twice, ["a/a", "b/b"]), ({}, ["*/*"])):
+    traced = CIMultiDict([("Accept", "a/a"), ("traceparent", "00-1")])
+    long = CIMultiDict([("Accept", "a" * 2000)])
+    cases: list[tuple[Mapping[str, str], list[str]]] = [
+        (once, ["a/a"]), (again, ["b/b"]), (once, ["a/a"]), (twice, ["a/a", "b/b"]), ({}, ["*/*"]), (traced, ["a/a"]),
+        (long, ["a" * 2000]),
+    ]  # fmt: skip
+    for headers, said in cases:
         for path in ("/a", "/b"):
             for body in (b"{}", b"{ }"):
                 request = await send(client, listener, path=path, headers=headers, body=body)
