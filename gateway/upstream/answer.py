@@ -33,7 +33,7 @@ class Line(Protocol):
 class UpstreamAnswer:
     """An answer whose head has come, or is waited for. One reader at a time.
 
-    Made by the connection, which calls ``begin``, ``take`` and ``end``, or ``arrive`` alone; status is 0 until then.
+    Made by the connection, which calls ``begin`` or ``arrive``, then ``take`` and ``end``; status is 0 until then.
     """
 
     __slots__ = (
@@ -207,13 +207,14 @@ class UpstreamAnswer:
         self._wake()
 
     def arrive(self, plain: PlainAnswer) -> None:
-        """All of it has come at once: its reader is woken once, and finds it whole."""
+        """A plain head has come, with all of its body or the beginning: its reader is woken once for both."""
         self.status = 200
-        self._plain_head, self._media_type, body = plain
+        self._plain_head, self._media_type, size_bytes, body = plain
         if body:
             self._pieces.append(body)
             self._held = len(body)
-        self._ended, self._line = True, None
+        if self._held == size_bytes:
+            self._ended, self._line = True, None
         self._wake()
 
     def take(self, block: bytes) -> bool:

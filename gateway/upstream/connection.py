@@ -1,4 +1,4 @@
-"""One HTTP/1.1 connection to an upstream, with one request at a time; llhttp reads all answers but plain ones.
+"""One HTTP/1.1 connection to an upstream, with one request at a time; llhttp reads the answers that are not plain.
 
 A small request and its answer cost 26 µs of CPU here and 110 µs with aiohttp's client; a piece of a stream 9 µs here,
 of which 8 are the loop's and the system's, and 17 µs there.
@@ -10,9 +10,9 @@ from typing import cast
 
 import httptools
 
-from gateway.upstream.answer import UpstreamAnswer
+from gateway.upstream.answer import READ_AHEAD_BYTES, UpstreamAnswer
 from gateway.upstream.errors import HungUp, UpstreamError, UpstreamUnavailable
-from gateway.upstream.plain import MOST_HEAD_BYTES, read_plain
+from gateway.upstream.plain import MOST_HEAD_BYTES, PlainAnswer, read_plain
 
 # The longest stretch of an answer that is neither head nor body.
 _MOST_USELESS_BYTES = MOST_HEAD_BYTES
@@ -46,7 +46,7 @@ class Connection(asyncio.Protocol):
     """An open connection, until ``on_lost`` is called. on_free: called whenever it can take the next request."""
 
     __slots__ = (
-        "_answer", "_arrived", "_fields", "_head_only", "_heard", "_loop", "_lost", "_parser", "_paused",
+        "_answer", "_arrived", "_fields", "_head_only", "_heard", "_left", "_loop", "_lost", "_parser", "_paused",
         "_reusable", "_timer", "_timer_at", "_transport", "_until_close", "_uploading", "_useless", "_whole",
         "_writable", "freed_at", "on_body", "on_free", "on_header", "on_lost",
     )  # fmt: skip
@@ -182,12 +182,13 @@ class Connection(asyncio.Protocol):
             self._heard = True
             plain = None if self._head_only else read_plain(data)
             if plain is not None:
-                self._reusable = True
-                self._let_go()
-                answer.arrive(plain)
+                self._begin_plain(answer, plain)
                 return
             self._begin_to_parse()
         answer.heard_at = self._loop.time()
+        if self._parser is None:
+            self._go_on_plain(answer, data)
+            return
         try:
             if answer.status:
                 self._feed(data)
@@ -264,6 +265,30 @@ class Connection(asyncio.Protocol):
             self.on_free(self)
         else:
             self.drop()
+
+    # --- answers that need no parser ----------------------------------------------------------------------------------
+
+    def _begin_plain(self, answer: UpstreamAnswer, plain: PlainAnswer) -> None:
+        _, _, size_bytes, body = plain
+        self._reusable, self._left = True, size_bytes - len(body)
+        if not self._left:
+            self._let_go()
+        else:
+            answer.heard_at = self._loop.time()
+            if len(body) >= READ_AHEAD_BYTES:
+                self._pause()
+        answer.arrive(plain)
+
+    def _go_on_plain(self, answer: UpstreamAnswer, data: bytes) -> None:
+        left = self._left = self._left - len(data)
+        if left < 0:  # what is too much closes the connection
+            data, self._reusable = data[:left], False
+        wanted = answer.take(data)
+        if left <= 0:
+            self._let_go()
+            answer.end()
+        elif not wanted:
+            self._pause()
 
     # --- called by the parser -----------------------------------------------------------------------------------------
 
