@@ -91,7 +91,7 @@ def _passes(name: str) -> bool:
 
 
 class _Custom:
-    """How some clients write: the same headers in the same order, and nearly always with the same in those that may
+    """How some clients write: the same headers in the same order, and nearly always the same in those that may
     pass. So nearly every head is known but for its length: 8 k instructions instead of 22 k.
 
     values_of: takes all that may pass out of such headers; None where that would be another for each request, or is
