@@ -9,7 +9,6 @@ from gateway.apis.fields import EVERYWHERE, items, mapping, only, whole
 from gateway.apis.text import MAX_COMPLETIONS, SAMPLING, SET_FIELDS, as_template_writes, limited, read_stream
 from gateway.config.model import CountOutput, Upstream
 from gateway.domain.request import Ask, Bound, InvalidRequest
-from gateway.upstream.usage.billing import Answer
 from gateway.upstream.usage.choices import read_choices
 
 # Any other key of a message or of a text part may be another kind of content to some upstream: then the text's
@@ -40,6 +39,7 @@ class Chat(Api):
         )
     )
     set_fields = SET_FIELDS
+    read_answer = staticmethod(read_choices)
 
     def written_anew(self, ask: Ask, bound: Bound, taken: Mapping[str, Any], upstream: Upstream) -> dict[str, object]:
         """The limit and the stream's options."""
@@ -48,10 +48,6 @@ class Chat(Api):
     def stream(self, ask: Ask, bound: Bound, rule: CountOutput) -> ChatStream:
         """Chunks with deltas."""
         return ChatStream(ask, bound, rule)
-
-    def read_answer(self, body: bytes) -> Answer | None:
-        """An answer with choices."""
-        return read_choices(body)
 
     def _read(self, body: dict[str, Any], model: str) -> Ask:
         messages = body.get("messages")
@@ -98,7 +94,7 @@ def _are_texts(messages: list[Any]) -> bool:
     texts = True
     for index, message in enumerate(messages):
         # As nearly all are: without the call, a third of the work.
-        if type(message) is dict and type(message.get("content")) is str and message.keys() <= _MESSAGE_KEYS:
+        if type(message) is dict and type(message.get("content")) is str and _MESSAGE_KEYS.issuperset(message):
             continue
         texts = _is_text(message, index) and texts
     return texts

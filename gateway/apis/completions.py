@@ -9,7 +9,6 @@ from gateway.apis.fields import EVERYWHERE, boolean, whole
 from gateway.apis.text import MAX_COMPLETIONS, SAMPLING, SET_FIELDS, count_prompts, limited, read_stream
 from gateway.config.model import CountOutput, Upstream
 from gateway.domain.request import Ask, Bound
-from gateway.upstream.usage.billing import Answer
 from gateway.upstream.usage.choices import read_choices
 
 
@@ -21,6 +20,7 @@ class Completions(Api):
     operation = "text_completion"
     fields = EVERYWHERE | SAMPLING | frozenset({"prompt", "suffix", "echo", "best_of"})
     set_fields = SET_FIELDS
+    read_answer = staticmethod(read_choices)
 
     def written_anew(self, ask: Ask, bound: Bound, taken: Mapping[str, Any], upstream: Upstream) -> dict[str, object]:
         """The limit and the stream's options."""
@@ -29,10 +29,6 @@ class Completions(Api):
     def stream(self, ask: Ask, bound: Bound, rule: CountOutput) -> TextStream:
         """Chunks with text."""
         return TextStream(ask, bound, rule)
-
-    def read_answer(self, body: bytes) -> Answer | None:
-        """An answer with choices."""
-        return read_choices(body)
 
     def _read(self, body: dict[str, Any], model: str) -> Ask:
         prompts, least = count_prompts(body, "prompt")

@@ -142,7 +142,8 @@ def _most_units(units: Metered, model: Model) -> Metered:
 
 def least_output(bound: Bound) -> int:
     """The output per answer below which the request is not worth forwarding."""
-    return bound.output_tokens_each if bound.indivisible else min(bound.output_tokens_each, MIN_OUTPUT_TOKENS)
+    most = bound.output_tokens_each
+    return most if bound.indivisible or most < MIN_OUTPUT_TOKENS else MIN_OUTPUT_TOKENS
 
 
 def worst_parts(bound: Bound, model: Model) -> tuple[int, int]:

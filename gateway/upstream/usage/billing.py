@@ -18,8 +18,13 @@ def billed(usage: Usage, ask: Ask, bound: Bound, least_output_tokens: int = 0) -
     """The tokens to charge for a usage: at least what several prompts and answers show, at most the bound. Of parts
     that do not fit into the whole the last ones are cut, in this order: read from the cache, written to it, audio,
     images; and of the output audio, images, reasoning."""
-    input_tokens = min(max(usage.input_tokens, ask.least_input_tokens), bound.input_tokens)
-    output_tokens = min(max(usage.output_tokens, least_output_tokens), bound.most_output_tokens)
+    input_tokens, output_tokens = usage.input_tokens, usage.output_tokens
+    least_input_tokens, most_output_tokens = ask.least_input_tokens, bound.most_output_tokens
+    # Nearly all are as they may be: to look first is a third of the work.
+    if not least_input_tokens <= input_tokens <= bound.input_tokens:
+        input_tokens = min(max(input_tokens, least_input_tokens), bound.input_tokens)
+    if not least_output_tokens <= output_tokens <= most_output_tokens:
+        output_tokens = min(max(output_tokens, least_output_tokens), most_output_tokens)
     read, written, heard, seen = (
         usage.cache_read_tokens,
         usage.cache_write_tokens,

@@ -26,8 +26,13 @@ def answer_of(texts: Iterable[str], usage: Usage | None, signs: int = 0) -> Answ
     size = characters = 0
     for text in texts:
         characters += len(text)
-        size += len(text) if text.isascii() else len(text.encode(errors="replace"))
+        size += bytes_of(text)
     return Answer(usage, size, characters, signs=signs) if signs else Answer(usage, size, characters)
+
+
+def bytes_of(text: str) -> int:
+    """The length of a text as bytes."""
+    return len(text) if text.isascii() else len(text.encode(errors="replace"))
 
 
 def as_text(part: object) -> str:

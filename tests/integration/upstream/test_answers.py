@@ -146,8 +146,54 @@ async def test_each_event_is_there_as_soon_as_it_was_sent(client: UpstreamClient
     assert events == EVENTS
 
 
-async def test_the_upstream_waits_for_who_does_not_read(client: UpstreamClient) -> None:
+@pytest.mark.parametrize("behind", [b"", sized(b"smuggled")], ids=["nothing", "more"])
+@pytest.mark.parametrize("came", range(4))
+async def test_the_rest_of_a_body_comes_later(client: UpstreamClient, came: int, behind: bytes) -> None:
+    said = sized(b"here")
+    first = len(said) - 4 + came
+    begun = asyncio.Event()
+
+    async def part(guest: Guest) -> None:
+        while True:
+            await guest.request()
+            await guest.say(said[:first])
+            await begun.wait()
+            begun.clear()
+            await guest.say(said[first:] + behind)
+
+    async with playing(part) as stage:
+        for number in range(1, 3):
+            async with client.send(stage.upstream(), "POST", "/", {}, b"{}") as answer:
+                read = await answer.read() if came else b""
+                assert read == b"here"[:came]
+                begun.set()
+                assert read + await answer.body(MOST) == b"here"
+                assert answer.headers["content-length"] == "4"
+            assert len(stage.guests) == (number if behind else 1)
+
+
+@pytest.mark.parametrize("came", [0, 2])
+async def test_a_body_that_breaks_off_later_is_no_whole_one(client: UpstreamClient, came: int) -> None:
+    said = sized(b"here")
+    begun = asyncio.Event()
+
+    async def part(guest: Guest) -> None:
+        await guest.request()
+        await guest.say(said[: len(said) - 4 + came])
+        await begun.wait()
+        await guest.say(b"r")
+        await guest.hang_up()
+
+    async with playing(part) as stage, client.send(stage.upstream(), "POST", "/", {}, b"{}") as answer:
+        begun.set()
+        with pytest.raises(UpstreamUnavailable, match="before its answer was whole"):
+            await answer.body(MOST)
+
+
+@pytest.mark.parametrize("framed", ["in chunks", "of a length"])
+async def test_the_upstream_waits_for_who_does_not_read(client: UpstreamClient, framed: str) -> None:
     pieces = [Random(number).randbytes(2**18) for number in range(200)]
+    size_bytes = sum(map(len, pieces))
     sent = 0
 
     async def part(guest: Guest) -> None:
@@ -156,11 +202,11 @@ async def test_the_upstream_waits_for_who_does_not_read(client: UpstreamClient) 
             if (await guest.request()).lines[0].startswith("GET"):
                 await guest.say(sized(b"hello"))
                 continue
-            await guest.say(chunked())
+            await guest.say(chunked() if framed == "in chunks" else OK + b"Content-Length: %d\r\n\r\n" % size_bytes)
             for piece in pieces:
-                await guest.say(chunk_of(piece))
+                await guest.say(chunk_of(piece) if framed == "in chunks" else piece)
                 sent += len(piece)
-            await guest.say(END)
+            await guest.say(END if framed == "in chunks" else b"")
 
     async with playing(part) as stage, client.send(stage.upstream(), "POST", "/", {}, b"{}") as answer:
         first = await answer.read()

@@ -52,6 +52,26 @@ async def test_of_the_customers_headers_those_pass_that_may(client: UpstreamClie
         assert request.header(name) == []
 
 
+async def test_each_request_says_its_own(client: UpstreamClient, listener: Listener) -> None:
+    """However alike they are."""
+    once = CIMultiDict([("Accept", "a/a"), ("X-Other", "1")])
+    again = CIMultiDict([("Accept", "b/b"), ("X-Other", "2")])
+    twice = CIMultiDict([("Accept", "a/a"), ("accept", "b/b")])
+    traced = CIMultiDict([("Accept", "a/a"), ("traceparent", "00-1")])
+    long = CIMultiDict([("Accept", "a" * 2000)])
+    cases: list[tuple[Mapping[str, str], list[str]]] = [
+        (once, ["a/a"]), (again, ["b/b"]), (once, ["a/a"]), (twice, ["a/a", "b/b"]), ({}, ["*/*"]), (traced, ["a/a"]),
+        (long, ["a" * 2000]),
+    ]  # fmt: skip
+    for headers, said in cases:
+        for path in ("/a", "/b"):
+            for body in (b"{}", b"{ }"):
+                request = await send(client, listener, path=path, headers=headers, body=body)
+                assert request.header("Accept") == said
+                assert request.lines[0] == f"POST /v1{path} HTTP/1.1"
+                assert request.body == body
+
+
 @pytest.mark.parametrize(
     ("settings", "line"),
     [({}, "Authorization: Bearer sk-ours"), ({"key_header": "x-api-key"}, "x-api-key: sk-ours")],
