@@ -100,7 +100,7 @@ class Proxy:
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request of the data listener. Never raises but for cancellation."""
-        exchange = Exchange(self._config, from_page="Origin" in request.headers)
+        exchange = Exchange(self._config, "Origin" in request.headers)
         task = request.task  # the connection's, or one of the request's own
         self._active.add(task)
         try:
