@@ -220,9 +220,10 @@ class CreditEngine:
     ) -> _Outcome:
         """What the script's reply means; _OTHER_PLAN where the account's plan is another one, known from now on. Raises
         UnknownPlan if that is not configured."""
-        outcome = scripts.read_reserved(reply, reservation)
-        if isinstance(outcome, Reserved):
-            return Reservation(identity.account, plan, model, identity.key_id, outcome.funds.now_ms, outcome)
+        if held := scripts.read_held(reply, reservation):
+            reserved, created_ms = held
+            return Reservation(identity.account, plan, model, identity.key_id, created_ms, reserved)
+        outcome = scripts.read_not_held(reply)
         if isinstance(outcome, Repeated):
             return outcome
         match outcome.outcome:

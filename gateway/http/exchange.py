@@ -94,16 +94,16 @@ def credit_lines(exchange: Exchange) -> str:
     reserved, number = reservation.reserved, exchange.id
     held = format_credits(reserved.held_nano)
     lines = f"x-request-id: {number}\r\nrequest-id: {number}\r\nx-credits-reserved: {held}\r\n"
-    funds, source = reserved.funds, reserved.source
+    funds, source = None, reserved.source
     if settlement is not None:
-        funds, cost_nano = settlement.funds or funds, settlement.cost_nano
+        funds, cost_nano = settlement.funds, settlement.cost_nano
         source = settlement.source if cost_nano else source
         lines += f"x-credits-cost: {format_credits(cost_nano)}\r\n"
     if exchange.answering is not None and exchange.answering.name != exchange.model_name:
         lines += f"x-credits-model: {exchange.answering.name}\r\n"
     if exchange.max_tokens is not None:
         lines += f"x-credits-max-tokens: {exchange.max_tokens}\r\n"
-    return f"{lines}x-credits-source: {source}\r\n{funds_lines(funds)}"
+    return f"{lines}x-credits-source: {source}\r\n{funds_lines(funds or reserved.funds)}"
 
 
 def cost_fields(settlement: Settlement | None) -> Mapping[str, object] | None:

@@ -225,19 +225,19 @@ class Metrics:
         reason: the error's code (``insufficient_quota``, ``quota_store_unavailable``, …) or, of an admitted
         request, where its credits come from. plan: ``other`` where it is not known yet.
         """
-        self._decisions[decision, reason, self._plans[plan]].add()
+        self._decisions[decision, reason, self._plans[plan]].total += 1
 
     def reserved(self, nano: int) -> None:
         """Count credits that a reservation holds, in nano-credits ≥ 0."""
-        self._reserved.add(nano / NANO_PER_CREDIT)
+        self._reserved.total += nano / NANO_PER_CREDIT
 
     def settled(self, plan: str, model: str, source: PaidFrom, nano: int) -> None:
         """Count credits charged from one source, in nano-credits ≥ 0. Once per source that paid something."""
-        self._settled[self._plans[plan], self._models[model], source].add(nano / NANO_PER_CREDIT)
+        self._settled[self._plans[plan], self._models[model], source].total += nano / NANO_PER_CREDIT
 
     def released(self, cause: Cause, nano: int) -> None:
         """Count credits that were held and not charged, in nano-credits ≥ 0, by how the reservation ended."""
-        self._released[(cause,)].add(nano / NANO_PER_CREDIT)
+        self._released[(cause,)].total += nano / NANO_PER_CREDIT
 
     def written_off(self, nano: int) -> None:
         """Count cost that no source could pay, in nano-credits ≥ 0."""
