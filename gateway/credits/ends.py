@@ -21,7 +21,6 @@ from gateway.credits.store import Store
 from gateway.credits.wording import Wording
 from gateway.domain.decision import Settlement
 from gateway.domain.plan import Plan
-from gateway.domain.price import Cost
 from gateway.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -34,6 +33,8 @@ _ADOPT_S = 30.0
 # A replica that takes over may lack the last moments: what ended in them is said again.
 _FAILOVER_S = 60.0
 _MOST_RECENT = 20_000
+#: Makes a named tuple of values that are in its order, for half of what its own constructor takes.
+_entry = tuple.__new__
 
 
 class Ends:
@@ -51,26 +52,29 @@ class Ends:
         store.on_failover = self._say_again
         metrics.watch_journal_pending(lambda: journal.pending)
 
-    async def charge(self, reservation: Reservation, cost: Cost, note: str) -> Settlement:
-        """Tell the store what a reservation is charged, now or as soon as can be.
+    async def charge(self, reservation: Reservation, payg_nano: int, plan_nano: int, note: str) -> Settlement:
+        """Tell the store what a reservation is charged, now or as soon as can be: at list price and at the plan's rate.
 
         If the caller is cancelled, it goes on in the background. If StoreError is raised, it is in the journal, and
         goes on too. Raises EngineError where the store cannot charge it.
         """
-        reserved = reservation.reserved
-        entry = JournalEntry(
-            "settle",
-            reservation.account,
-            reserved.reservation_id,
-            cost.payg_nano,
-            cost.plan_nano,
-            note,
-            reservation.plan.name,
-            reservation.plan.rate_ppm,
-            reservation.plan.payg,
-            reservation.created_ms,
-            reservation.key_id,
-            reservation.model,
+        reserved, plan = reservation.reserved, reservation.plan
+        entry = _entry(
+            JournalEntry,
+            (
+                "settle",
+                reservation.account,
+                reserved.reservation_id,
+                payg_nano,
+                plan_nano,
+                note,
+                plan.name,
+                plan.rate_ppm,
+                plan.payg,
+                reservation.created_ms,
+                reservation.key_id,
+                reservation.model,
+            ),
         )
         store = self._store
         try:

@@ -53,14 +53,13 @@ class _Held(Reserved):
         return _funds(self[4], 4)  # type: ignore[arg-type]
 
 
-def asked(amount: Cost, minimum_nano: int, alone_nano: int, *, grows: bool, key_hash: str) -> str:
-    """What a request asks for as ``reserve`` takes it and its record keeps it: most requests ask for all or nothing, at
-    the list price, and a number that is the same again is left out."""
-    listed, rated = amount.payg_nano, amount.plan_nano
+def asked(listed: int, rated: int, minimum: int, alone: int, grows: bool, key_hash: str) -> str:
+    """What a request asks for as ``reserve`` takes it and its record keeps it, in nano-credits: most requests ask for
+    all or nothing, at the list price, and a number that is the same again is left out."""
     at_rate = "" if rated == listed else rated
-    minimum = "" if minimum_nano == rated else minimum_nano
-    alone = "" if alone_nano == minimum_nano else alone_nano
-    return f"{listed},{at_rate},{minimum},{alone},{'1' if grows else '0'},{key_hash}"
+    at_least = "" if minimum == rated else minimum
+    if_alone = "" if alone == minimum else alone
+    return f"{listed},{at_rate},{at_least},{if_alone},{'1' if grows else '0'},{key_hash}"
 
 
 def gateway_ms() -> int:
@@ -99,7 +98,7 @@ async def reserve(
     account holds credits. One that grows must leave an eighth of what others hold free for them to grow, too."""
     repeat = repeat or NO_REPEAT
     wording = store.wording(account, key_id, model, plan.name, plan.terms)
-    wanted = asked(amount, minimum_nano, alone_nano, grows=grows, key_hash=repeat.key_hash)
+    wanted = asked(amount.payg_nano, amount.plan_nano, minimum_nano, alone_nano, grows, repeat.key_hash)
     command = wording.reserve(reservation, wanted, lease_ms, gateway_ms(), repeat.body_hash)
     reply = await store.run_packed("reserve", wording.key, command)
     if held := read_held(reply, reservation):

@@ -31,7 +31,7 @@ from gateway.credits.store import Store
 from gateway.credits.wording import Wording
 from gateway.domain.decision import Denied, Extended, Repeated, Reserved, Settlement, deny
 from gateway.domain.money import MAX_NANO
-from gateway.domain.plan import Plan
+from gateway.domain.plan import FULL_RATE_PPM, Plan
 from gateway.domain.price import FEMTO_PER_NANO, Cost, cost_of
 from gateway.telemetry.metrics import Metrics
 
@@ -211,8 +211,8 @@ class CreditEngine:
         """The script's call, packed."""
         wording = self._store.wording(identity.account, identity.key_id, model, plan.name, plan.terms)
         key_hash, body_hash = ("", "") if repeat is None else (repeat.key_hash, repeat.body_hash)
-        amount = _within_range(cost_of(amount_femto, plan.rate_ppm))
-        asked = scripts.asked(amount, minimum_nano, alone_nano, grows=grows, key_hash=key_hash)
+        listed, rated = _nano(amount_femto, plan.rate_ppm)
+        asked = scripts.asked(listed, rated, minimum_nano, alone_nano, grows, key_hash)
         return wording, wording.reserve(reservation, asked, lease_ms, scripts.gateway_ms(), body_hash)
 
     def _answer(
@@ -253,7 +253,7 @@ class CreditEngine:
         rate_ppm = reservation.plan.rate_ppm
         before = reservation.reserved
         # One whose lease ran out meanwhile holds nothing: it is to hold again what it held.
-        wanted = _within_range(cost_of(max(target_femto, before.payg_nano * FEMTO_PER_NANO), rate_ppm))
+        wanted = Cost(*_nano(max(target_femto, before.payg_nano * FEMTO_PER_NANO), rate_ppm))
         try:
             extended = await scripts.extend(
                 self._store,
@@ -261,7 +261,7 @@ class CreditEngine:
                 reservation.id,
                 plan=self._terms_of(reservation),
                 wanted=wanted,
-                seen=_within_range(cost_of(reservation.seen.cost_femto, rate_ppm)),
+                seen=Cost(*_nano(reservation.seen.cost_femto, rate_ppm)),
                 seen_note=reservation.seen.note,
                 lease_ms=LEASE_MS,
             )
@@ -326,7 +326,7 @@ class CreditEngine:
         journal, and goes on too.
         """
         self._live.pop(reservation.id, None)
-        return self._ends.charge(reservation, _within_range(cost_of(cost_femto, reservation.plan.rate_ppm)), note)
+        return self._ends.charge(reservation, *_nano(cost_femto, reservation.plan.rate_ppm), note)
 
     async def void(self, reservation: Reservation) -> None:
         """Give the whole hold back. Never raises StoreError: it goes on in the background."""
@@ -367,11 +367,14 @@ def _held_now(reservation: str, extended: Extended) -> Reserved:
     )
 
 
-def _within_range(cost: Cost) -> Cost:
-    """No account can hold more than MAX_NANO: a dearer request is denied like any that is too dear."""
-    if cost.payg_nano <= MAX_NANO and cost.plan_nano <= MAX_NANO:
-        return cost
-    return Cost(min(cost.payg_nano, MAX_NANO), min(cost.plan_nano, MAX_NANO))
+def _nano(femto: int, rate_ppm: int) -> tuple[int, int]:
+    """A cost in nano-credits, at list price and at the plan's rate. No account can hold more than MAX_NANO: a dearer
+    request is denied like any that is too dear."""
+    if rate_ppm == FULL_RATE_PPM:  # as of most plans
+        listed_nano = _payg_nano(femto)
+        return listed_nano, listed_nano
+    cost = cost_of(femto, rate_ppm)
+    return min(cost.payg_nano, MAX_NANO), min(cost.plan_nano, MAX_NANO)
 
 
 def _payg_nano(femto: int) -> int:
