@@ -69,11 +69,12 @@ def gateway_ms() -> int:
 
 def _funds(reply: list[Any], at: int) -> Funds:
     """What a reply says of the account from one of its values on."""
-    plan, balance, balance_held, now, sequence = reply[at : at + _FUNDS_VALUES]
-    first = at + _FUNDS_VALUES
-    if len(reply) == first + _WINDOW_VALUES:  # of nearly all plans
-        windows: tuple[WindowFunds, ...] = (_tuple(WindowFunds, reply[first:]),)
+    if len(reply) == at + _FUNDS_VALUES + _WINDOW_VALUES:  # of nearly all plans: named, not cut out, in three quarters
+        plan, balance, balance_held, now, sequence, refresh, granted, used, held, resets = reply[at:]
+        windows: tuple[WindowFunds, ...] = (_tuple(WindowFunds, (refresh, granted, used, held, resets)),)
     else:
+        first = at + _FUNDS_VALUES
+        plan, balance, balance_held, now, sequence = reply[at:first]
         starts = range(first, len(reply), _WINDOW_VALUES)
         windows = tuple([_tuple(WindowFunds, reply[start : start + _WINDOW_VALUES]) for start in starts])
     return _tuple(Funds, (plan.decode(), balance, balance_held, now, sequence, windows))

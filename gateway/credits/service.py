@@ -325,7 +325,7 @@ class CreditEngine:
         If the caller is cancelled, the settlement goes on in the background. If StoreError is raised, it is in the
         journal, and goes on too.
         """
-        self._live.pop(reservation.id, None)
+        self._live.pop(reservation.reserved.reservation_id, None)
         return self._ends.charge(reservation, *_nano(cost_femto, reservation.plan.rate_ppm), note)
 
     async def void(self, reservation: Reservation) -> None:
@@ -379,4 +379,5 @@ def _nano(femto: int, rate_ppm: int) -> tuple[int, int]:
 
 def _payg_nano(femto: int) -> int:
     """The same of the list price alone."""
-    return min(-(-femto // FEMTO_PER_NANO), MAX_NANO)
+    nano = (femto + FEMTO_PER_NANO - 1) // FEMTO_PER_NANO
+    return nano if nano < MAX_NANO else MAX_NANO  # min() takes four times as long
