@@ -73,6 +73,8 @@ class CreditEngine:
         self._default_plan = default_plan
         self._metrics = metrics
         self._identities = Identities(store)
+        #: Whose secret a text is, if that was asked lately.
+        self.known = self._identities.known
         self._reserve_seconds = metrics.store_seconds("reserve")
         self._plan_names: OrderedDict[str, str] = OrderedDict()
         self._live: dict[str, Reservation] = {}
@@ -105,10 +107,6 @@ class CreditEngine:
         return await self._ends.expire_due(shard)
 
     # --- requests -----------------------------------------------------------------------------------------------
-
-    def known(self, secret: str) -> Identity | None:
-        """Whose secret this is, if that was asked lately."""
-        return self._identities.known(secret)
 
     async def authenticate(self, secret: str) -> Identity | None:
         """Whose secret this is. Raises StoreUnavailable."""
