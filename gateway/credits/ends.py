@@ -94,7 +94,9 @@ class Ends:
             await self._put_off(entry)
             raise
         settlement = self._settled(entry, reply)
-        if left := reserved.held_nano - settlement.from_allowance_nano - settlement.from_balance_nano:
+        left = reserved.from_allowance_nano - settlement.from_allowance_nano
+        left += reserved.from_balance_nano - settlement.from_balance_nano
+        if left:
             self._metrics.released("settled", max(0, left))
         return settlement
 
@@ -129,13 +131,13 @@ class Ends:
 
     def _call(self, entry: JournalEntry) -> tuple[Wording, bytes]:
         """The settlement's script call, packed."""
-        plan = self._configured(entry.plan)
-        if plan.rate_ppm != entry.rate_ppm or plan.payg != entry.payg:  # it is charged at those that it was made at
-            plan = replace(plan, rate_ppm=entry.rate_ppm, payg=entry.payg)
-        wording = self._store.wording(entry.account, entry.key_id, entry.model, plan.name, plan.terms)
-        return wording, wording.settle(
-            entry.reservation, entry.cost_payg_nano, entry.cost_plan_nano, entry.note, entry.created_ms
-        )
+        # All at once: a field at a time, they take 1,000 instructions more.
+        _, account, reservation, payg_nano, plan_nano, note, name, rate_ppm, payg, created_ms, key_id, model = entry
+        plan = self._configured(name)
+        if plan.rate_ppm != rate_ppm or plan.payg != payg:  # it is charged at those that it was made at
+            plan = replace(plan, rate_ppm=rate_ppm, payg=payg)
+        wording = self._store.wording(account, key_id, model, plan.name, plan.terms)
+        return wording, wording.settle(reservation, payg_nano, plan_nano, note, created_ms)
 
     def _settled(self, entry: JournalEntry, reply: list[Any], *, again: bool = False) -> Settlement:
         """What the script's reply says; remembered and counted, unless it was before. Raises EngineError."""
@@ -146,10 +148,10 @@ class Ends:
         return settlement
 
     def _remember_end(self, entry: JournalEntry) -> None:
-        now = time.monotonic()
-        while self._recent and self._recent[0][0] < now - _FAILOVER_S:
-            self._recent.popleft()
-        self._recent.append((now, entry))
+        now, recent = time.monotonic(), self._recent
+        while recent and recent[0][0] < now - _FAILOVER_S:
+            recent.popleft()
+        recent.append((now, entry))
 
     def _count_settlement(self, entry: JournalEntry, settlement: Settlement) -> None:
         if settlement.from_allowance_nano:
