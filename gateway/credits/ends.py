@@ -96,8 +96,8 @@ class Ends:
         settlement = self._settled(entry, reply)
         left = reserved.from_allowance_nano - settlement.from_allowance_nano
         left += reserved.from_balance_nano - settlement.from_balance_nano
-        if left:
-            self._metrics.released("settled", max(0, left))
+        if left > 0:
+            self._metrics.released("settled", left)
         return settlement
 
     async def void(self, account: str, reservation: str) -> None:

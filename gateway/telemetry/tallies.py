@@ -31,7 +31,7 @@ class Count:
         self.total += amount
 
 
-#: Amounts that a histogram keeps before it counts them: sorted together, each takes 1,200 instructions instead of 1,900.
+#: Amounts that a histogram keeps before it counts them: sorted together, each takes 1,200 instructions, not 1,900.
 _MOST_WAITING = 128
 
 
