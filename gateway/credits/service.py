@@ -141,14 +141,14 @@ class CreditEngine:
             # The first try, nearly always the only one: ``_reserve_once`` and the store's coroutine, written out
             # because each coroutine of a request takes 2,000 instructions.
             plan = self._plan_of(account)
-            wording, command = self._call(plan, *wanted)
+            wording, command = self._call(plan, wanted)
             started, way = time.perf_counter(), store.primary_of(wording.key)
             try:
                 reply = await way.write(command)
             except StoreRefused as refusal:
                 reply = await store.run_again("reserve", way, refusal, wording.key, command)
             self._reserve_seconds.observe(time.perf_counter() - started)
-            outcome = self._answer(plan, alone_nano, identity, reservation, model, reply)
+            outcome = self._answer(plan, wanted, reply)
             if outcome is _OTHER_PLAN:
                 outcome = await self._reserve_once(wanted)
         except asyncio.CancelledError:  # the script may have run, or run yet, and nobody will settle it
@@ -184,40 +184,28 @@ class CreditEngine:
                 self._ends.take_back(identity.account, reservation)
 
     async def _reserve_once(self, wanted: _Wanted) -> _Outcome:
-        identity, reservation, model, _, _, alone_nano, *_ = wanted
+        account = wanted[0].account
         outcome: _Outcome = _OTHER_PLAN
         while outcome is _OTHER_PLAN:
-            plan = self._plan_of(identity.account)
-            wording, command = self._call(plan, *wanted)
+            plan = self._plan_of(account)
+            wording, command = self._call(plan, wanted)
             reply = await self._store.run_packed("reserve", wording.key, command)
-            outcome = self._answer(plan, alone_nano, identity, reservation, model, reply)
+            outcome = self._answer(plan, wanted, reply)
         return outcome
 
-    def _call(
-        self,
-        plan: Plan,
-        identity: Identity,
-        reservation: str,
-        model: str,
-        amount_femto: int,
-        minimum_nano: int,
-        alone_nano: int,
-        grows: bool,
-        lease_ms: int,
-        repeat: RepeatKey | None,
-    ) -> tuple[Wording, bytes]:
+    def _call(self, plan: Plan, wanted: _Wanted) -> tuple[Wording, bytes]:
         """The script's call, packed."""
+        identity, reservation, model, amount_femto, minimum_nano, alone_nano, grows, lease_ms, repeat = wanted
         wording = self._store.wording(identity.account, identity.key_id, model, plan.name, plan.terms)
         key_hash, body_hash = ("", "") if repeat is None else (repeat.key_hash, repeat.body_hash)
         listed, rated = _nano(amount_femto, plan.rate_ppm)
         asked = scripts.asked(listed, rated, minimum_nano, alone_nano, grows, key_hash)
         return wording, wording.reserve(reservation, asked, lease_ms, scripts.gateway_ms(), body_hash)
 
-    def _answer(
-        self, plan: Plan, alone_nano: int, identity: Identity, reservation: str, model: str, reply: list[Any]
-    ) -> _Outcome:
+    def _answer(self, plan: Plan, wanted: _Wanted, reply: list[Any]) -> _Outcome:
         """What the script's reply means; _OTHER_PLAN where the account's plan is another one, known from now on. Raises
         UnknownPlan if that is not configured."""
+        identity, reservation, model, _, _, alone_nano, _, _, _ = wanted
         if held := scripts.read_held(reply, reservation):
             reserved, created_ms = held
             return Reservation(identity.account, plan, model, identity.key_id, created_ms, reserved)

@@ -63,7 +63,7 @@ class Histogram:
         waiting, before = self._waiting, 0
         waiting.sort()
         for bucket, bound in enumerate(self._bounds):
-            upto = bisect_right(waiting, bound)
+            upto = bisect_right(waiting, bound, before)
             self._counts[bucket] += upto - before
             before = upto
         self._counts[-1] += len(waiting) - before
