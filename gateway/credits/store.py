@@ -128,7 +128,8 @@ class Store:
         self._seconds = {name: metrics.store_seconds(name) for name in self._scripts}
         texts = [script.text for script in self._scripts.values()]
         self._topology = _topology(url, timeout_ms, texts, self._failed_over)
-        self._primary_of = self._topology.primary_of
+        #: The connection to the primary of a key, or to any without one. Raises StoreUnavailable if it is missing.
+        self.primary_of = self._topology.primary_of
         #: The wording of an account's calls with a key, for a model, on a plan: its name and terms.
         self.wording: Callable[[str, str, str, str, str], Wording] = lru_cache(_MOST_WORDINGS)(self._wording)
 
@@ -152,7 +153,7 @@ class Store:
     async def call_all(self, commands: Sequence[Command]) -> list[Reply]:
         """Many plain commands, written together; their replies in order. 3 µs each, where a task for each ``call``
         takes 7. Raises StoreUnavailable or StoreRefused for the first that fails, when all have an answer."""
-        ways = [self._primary_of(key_in(command)) for command in commands]
+        ways = [self.primary_of(key_in(command)) for command in commands]
         calls: list[asyncio.Future[Reply]] = []
         try:
             calls += (way.send(*command) for way, command in zip(ways, commands, strict=True))
@@ -173,15 +174,17 @@ class Store:
     async def run_packed(self, name: str, key: str, command: bytes) -> list[Any]:
         """Like ``run``, of an EVALSHA that is packed already; key: the first of the script's keys."""
         started = time.perf_counter()
-        way = self._primary_of(key)
+        way = self.primary_of(key)
         try:
             reply = await way.write(command)
         except StoreRefused as refusal:
-            reply = await self._run_again(way, refusal, name, key, command)
+            reply = await self.run_again(name, way, refusal, key, command)
         self._seconds[name].observe(time.perf_counter() - started)
         return reply  # type: ignore[no-any-return]
 
-    async def _run_again(self, way: Connection, refusal: StoreRefused, name: str, key: str, command: bytes) -> Reply:
+    async def run_again(self, name: str, way: Connection, refusal: StoreRefused, key: str, command: bytes) -> Reply:
+        """A script's reply after its call was refused on its way, where that proves that it did not run. Raises
+        StoreUnavailable or StoreRefused."""
         try:
             if code_of(refusal) != "NOSCRIPT":
                 return await self._topology.mend(way, refusal, key, command)
@@ -198,7 +201,7 @@ class Store:
         return Wording(scripts["reserve"].sha, scripts["settle"].sha, account, key_id, model, plan, terms)
 
     async def _send(self, key: str | None, command: bytes) -> Reply:
-        way = self._primary_of(key)
+        way = self.primary_of(key)
         try:
             return await way.write(command)
         except StoreRefused as refusal:

@@ -14,6 +14,8 @@ def _words(*words: str) -> str:
 
 
 _LEASE, _NO_HASH = _words(str(LEASE_MS)), _words("")
+#: What stands before a word of so many bytes. Looked up, it takes 600 instructions less than written each time.
+_LENGTHS = tuple(f"${length}\r\n" for length in range(256))
 
 
 class Wording:
@@ -39,17 +41,19 @@ class Wording:
         """The call of ``lua/reserve.lua``, packed. asked: as the script takes it. All texts are ASCII."""
         lease = _LEASE if lease_ms == LEASE_MS else _words(str(lease_ms))
         body = _words(body_hash) if body_hash else _NO_HASH
-        now = str(gateway_ms)
+        now, lengths = str(gateway_ms), _LENGTHS
         return (
-            f"{self._reserve}${len(reservation)}\r\n{reservation}\r\n${len(asked)}\r\n{asked}\r\n"
-            f"{lease}${len(now)}\r\n{now}\r\n{self._key_and_model}{body}{self._plan}"
+            f"{self._reserve}{lengths[len(reservation)]}{reservation}\r\n{lengths[len(asked)]}{asked}\r\n"
+            f"{lease}{lengths[len(now)]}{now}\r\n{self._key_and_model}{body}{self._plan}"
         ).encode()
 
     def settle(self, reservation: str, cost_payg_nano: int, cost_plan_nano: int, note: str, created_ms: int) -> bytes:
         """The call of ``lua/settle.lua``, packed."""
-        payg, plan, created = str(cost_payg_nano), str(cost_plan_nano), str(created_ms)
+        payg, created, lengths = str(cost_payg_nano), str(created_ms), _LENGTHS
+        plan = payg if cost_plan_nano == cost_payg_nano else str(cost_plan_nano)
         note_bytes = len(note) if note.isascii() else len(note.encode())
         return (
-            f"{self._settle}${len(reservation)}\r\n{reservation}\r\n${len(payg)}\r\n{payg}\r\n${len(plan)}\r\n{plan}\r\n"
-            f"${note_bytes}\r\n{note}\r\n${len(created)}\r\n{created}\r\n{self._key_and_model}{self._plan}"
+            f"{self._settle}{lengths[len(reservation)]}{reservation}\r\n"
+            f"{lengths[len(payg)]}{payg}\r\n{lengths[len(plan)]}{plan}\r\n${note_bytes}\r\n{note}\r\n"
+            f"{lengths[len(created)]}{created}\r\n{self._key_and_model}{self._plan}"
         ).encode()

@@ -24,7 +24,8 @@ class WindowFunds(NamedTuple):
     @property
     def remaining_nano(self) -> int:
         """What the window can still pay; 0 after a downgrade below what was used."""
-        return max(0, self.granted_nano - self.used_nano - self.held_nano)
+        left_nano = self.granted_nano - self.used_nano - self.held_nano
+        return left_nano if left_nano > 0 else 0  # max() takes 1,000 instructions
 
 
 _NO_WINDOW = WindowFunds(0, 0, 0, 0, 0)

@@ -91,12 +91,13 @@ def credit_lines(exchange: Exchange) -> str:
     """The same as the lines of a head: written as one text, at a third of what headers one by one take."""
     reservation, settlement, number = exchange.reservation, exchange.settlement, exchange.id
     assert reservation is not None
-    _, _, from_allowance_nano, from_balance_nano, funds = reservation.reserved
+    reserved, funds = reservation.reserved, None
+    from_allowance_nano, from_balance_nano = reserved.from_allowance_nano, reserved.from_balance_nano
     held = format_credits(from_allowance_nano + from_balance_nano)
     cost = model = limit = ""
     if settlement is not None:
-        _, _, paid_by_allowance_nano, paid_by_balance_nano, written_off_nano, _, after = settlement
-        funds, cost_nano = after or funds, paid_by_allowance_nano + paid_by_balance_nano + written_off_nano
+        _, _, paid_by_allowance_nano, paid_by_balance_nano, written_off_nano, _, funds = settlement
+        cost_nano = paid_by_allowance_nano + paid_by_balance_nano + written_off_nano
         cost = f"x-credits-cost: {format_credits(cost_nano)}\r\n"
         if cost_nano:
             from_allowance_nano, from_balance_nano = paid_by_allowance_nano, paid_by_balance_nano
@@ -106,7 +107,7 @@ def credit_lines(exchange: Exchange) -> str:
         limit = f"x-credits-max-tokens: {exchange.max_tokens}\r\n"
     return (
         f"x-request-id: {number}\r\nrequest-id: {number}\r\nx-credits-reserved: {held}\r\n{cost}{model}{limit}"
-        f"x-credits-source: {source_of(from_allowance_nano, from_balance_nano)}\r\n{funds_lines(funds)}"
+        f"x-credits-source: {source_of(from_allowance_nano, from_balance_nano)}\r\n{funds_lines(funds or reserved.funds)}"
     )
 
 

@@ -27,7 +27,7 @@ class Excuses:
         match error:
             case StoreError():
                 log.warning("%s: %s", exchange.id, error)
-                self._reports.decide(exchange, "denied", STORE_UNAVAILABLE)
+                self._reports.denied(exchange, STORE_UNAVAILABLE)
                 return self._reports.fail(exchange, errors.store_unavailable())
             case UnknownPlan():
                 account = exchange.identity.account if exchange.identity else ""

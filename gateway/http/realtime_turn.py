@@ -201,12 +201,12 @@ async def reserve_turn(
     counter.reports.spent(exchange, "reserve", started)
     if isinstance(outcome, Reservation):
         exchange.reservation = outcome
-        counter.reports.decide(exchange, "admitted", outcome.reserved.source, outcome.plan.name)
+        counter.reports.admitted(exchange, outcome)
         return Turn(counter, exchange, model, outcome, use, each)
     if isinstance(outcome, Denied):
         name = outcome.funds.plan
         failure = errors.denied(outcome, config.plans.get(name, Plan(name)), use.bound(), model)
-        counter.reports.decide(exchange, "denied", failure.code, name)
+        counter.reports.denied(exchange, failure.code, name)
         return NoTurn(failure, outcome.funds)
     assert isinstance(outcome, Refused), "no turn has an idempotency key"
     return NoTurn(errors.bad_key())

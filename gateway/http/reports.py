@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from aiohttp import web
 
+from gateway.credits.service import Reservation
 from gateway.http.errors import Failure
 from gateway.http.exchange import Exchange
 from gateway.http.quote import Quote
@@ -21,6 +22,7 @@ class Reports:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._observe = {phase: histogram.observe for phase, histogram in metrics.phases.items()}
 
     def fail(self, exchange: Exchange, failure: Failure, headers: Mapping[str, str] | None = None) -> web.Response:
         """The error's answer; noted for the log."""
@@ -37,12 +39,17 @@ class Reports:
         """Add the time since started (time.perf_counter) to the gateway's own part of the request."""
         seconds = time.perf_counter() - started
         exchange.overhead_s += seconds
-        self._metrics.phases[phase].observe(seconds)
+        self._observe[phase](seconds)
 
-    def decide(self, exchange: Exchange, decision: str, reason: str, plan: str = "other") -> None:
-        """Note whether the request was admitted. reason: the error's code, or where its credits come from."""
-        exchange.decision, exchange.reason = decision, reason if decision == "denied" else None
-        self._metrics.decided("admitted" if decision == "admitted" else "denied", reason, plan)
+    def admitted(self, exchange: Exchange, reservation: Reservation) -> None:
+        """Note that the request holds credits."""
+        exchange.decision, exchange.reason = "admitted", None
+        self._metrics.decided("admitted", reservation.reserved.source, reservation.plan.name)
+
+    def denied(self, exchange: Exchange, code: str, plan: str = "other") -> None:
+        """Note that the request is refused credits, by the error's code."""
+        exchange.decision, exchange.reason = "denied", code
+        self._metrics.decided("denied", code, plan)
 
     def free(self, exchange: Exchange) -> None:
         """Note that the request costs nothing."""

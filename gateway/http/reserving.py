@@ -53,7 +53,7 @@ class Reserving:
         self._reports.spent(exchange, "reserve", started)
         if isinstance(outcome, Reservation):
             exchange.reservation, exchange.slices = outcome, holding.slices
-            self._reports.decide(exchange, "admitted", outcome.reserved.source, outcome.plan.name)
+            self._reports.admitted(exchange, outcome)
             return outcome
         return self._refuse(exchange, quote, outcome)
 
@@ -63,12 +63,12 @@ class Reserving:
                 return self._reports.fail(exchange, errors.bad_key())
             case Repeated():
                 failure = errors.repeated(outcome)
-                self._reports.decide(exchange, "denied", failure.code)
+                self._reports.denied(exchange, failure.code)
                 return self._reports.fail(exchange, failure)
             case Denied():
                 # The account may have come to a plan that was configured after the request began.
                 name = outcome.funds.plan
                 plan = exchange.config.plans.get(name) or self._plans[name]
                 failure = errors.denied(outcome, plan, quote.bound, quote.model)
-                self._reports.decide(exchange, "denied", failure.code, name)
+                self._reports.denied(exchange, failure.code, name)
                 return self._reports.fail(exchange, failure, funds_headers(outcome.funds))

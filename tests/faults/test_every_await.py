@@ -177,7 +177,7 @@ _PHASES = {
     "reserve": "CreditEngine.reserve",
     "connect": "Pool.connect",
     "upstream": "UpstreamAnswer.head",
-    "settle": "CreditEngine.settle",
+    "settle": "Ends.charge",
 }
 _WHOLE_PHASES = _PHASES | {"answer": "UpstreamAnswer.body", "closing write": "_Connection._stalled"}
 _STREAM_PHASES = _PHASES | {

@@ -215,3 +215,16 @@ def test_what_a_client_writes_into_accept_is_not_repeated(metrics: Metrics) -> N
 def test_two_gateways_in_one_process_do_not_share_numbers(metrics: Metrics) -> None:
     metrics.reserved(1_000_000_000)
     assert value(Metrics([], []), "quota_gateway_reserved_credits_total") == 0
+
+
+def test_a_histogram_counts_every_amount_once_however_many_come_between_two_scrapes(metrics: Metrics) -> None:
+    # Amounts are counted many at a time: on a bound, between two, above the last.
+    name = "quota_gateway_overhead_seconds"
+    amounts = [0.00005, 0.00007, 0.5, 7.0] * 150
+    for count, amount in enumerate(amounts, 1):
+        metrics.phases["quote"].observe(amount)
+        if count in (1, 130, 599, 600):
+            assert value(metrics, f"{name}_count", phase="quote") == count
+            assert value(metrics, f"{name}_sum", phase="quote") == pytest.approx(sum(amounts[:count]))
+    buckets = {le: value(metrics, f"{name}_bucket", phase="quote", le=le) for le in ("5e-05", "0.0001", "1.0", "+Inf")}
+    assert buckets == {"5e-05": 150, "0.0001": 300, "1.0": 450, "+Inf": 600}
