@@ -105,9 +105,10 @@ def credit_lines(exchange: Exchange) -> str:
         model = f"x-credits-model: {exchange.answering.name}\r\n"
     if exchange.max_tokens is not None:
         limit = f"x-credits-max-tokens: {exchange.max_tokens}\r\n"
+    source = source_of(from_allowance_nano, from_balance_nano)
     return (
         f"x-request-id: {number}\r\nrequest-id: {number}\r\nx-credits-reserved: {held}\r\n{cost}{model}{limit}"
-        f"x-credits-source: {source_of(from_allowance_nano, from_balance_nano)}\r\n{funds_lines(funds or reserved.funds)}"
+        f"x-credits-source: {source}\r\n{funds_lines(funds or reserved.funds)}"
     )
 
 
