@@ -17,6 +17,8 @@ T = TypeVar("T")
 #: How long the start waits for a store that was lost again.
 START_WAIT_S = 10.0
 FIRST_ACCOUNT = "default"
+#: The upstream of the shipped configuration, and the variable that its key comes from.
+_SHIPPED_UPSTREAM, _SHIPPED_KEY = "ionet", "IONET_API_KEY"
 
 
 async def first_key(config: GatewayConfig, store: Store, operator: Operator) -> str | None:
@@ -52,15 +54,18 @@ def welcome(config: GatewayConfig, address: Address, admin: Address, secret: str
     base = f"http://{_reachable(address)}/v1"
     lines = []
     if config.demo:
+        shipped = f" (as shipped: {_SHIPPED_KEY})" if _SHIPPED_UPSTREAM in config.upstreams else ""
         lines += [
             f"DEMO MODEL: no upstream has a key ({', '.join(config.upstreams)}), so a small built-in model answers, at",
-            "the same prices. Real models answer once an upstream's api_key has a value (as shipped: IONET_API_KEY).",
+            f"the same prices. Real models answer once an upstream's api_key has a value{shipped}.",
             "",
         ]
     lines += [f"metrics   http://{_reachable(admin)}/metrics", f"base URL  {base}"]
     if secret is None:
+        made = f", or for the first account, {FIRST_ACCOUNT}" if config.store.embedded else ""
         lines.append(
-            "key       make one with: quota-gateway keys create ACCOUNT, after accounts create ACCOUNT (same --config)"
+            "key       make one with: quota-gateway keys create ACCOUNT, after accounts create ACCOUNT"
+            f"{made} (same --config)"
         )
         return "\n".join(lines)
     model = next(filter(_answers, config.models.values()), None)

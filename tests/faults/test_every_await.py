@@ -113,7 +113,7 @@ class Life:
         """The request itself, not one of its other tasks, waits in this function."""
 
         def waits() -> bool:
-            mine = [one["chain"] for one in self.points if one["chain"].startswith("RequestHandler.")]
+            mine = [one["chain"] for one in self.points if one["chain"].startswith("_Connection.")]
             return bool(mine) and function in mine[-1].split(" > ")
 
         await self.reached(waits)
@@ -336,10 +336,12 @@ class Stage:
             config.write_text(yaml.safe_dump(self._config(place)))
             order = Order(str(config), str(directory / "data"), str(directory), die_at, moment)
             life = Life(order, customer, self.books.operator, self.upstream, lane.start(order))
-            with contextlib.suppress(Died):
-                await life.reached(lambda: life.base_url)
-                await self._live(life, scenario)
-            lane.kill()
+            try:
+                with contextlib.suppress(Died):
+                    await life.reached(lambda: life.base_url)
+                    await self._live(life, scenario)
+            finally:  # else nothing would end it
+                lane.kill()
             assert await life.death == -signal.SIGKILL, (directory / "stderr").read_text()
         self.lanes.put_nowait(lane)
         return await self._left_of(life)
