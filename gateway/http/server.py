@@ -143,7 +143,9 @@ class _Connection(web.RequestHandler):
             assert self._parser is not None
             self._parser.message_consumed()
             try:
-                lives_on = await self._answer(message, payload) and (payload.is_eof() or await self._rest_came(payload))
+                lives_on = await self._answer(message, payload)
+                if not payload.is_eof() and not self._is_gone():
+                    lives_on = await self._rest_came(payload) and lives_on
             except ConnectionError:  # the client has hung up, or the answer had begun when something went wrong
                 break
             except Exception:
@@ -193,12 +195,20 @@ class _Connection(web.RequestHandler):
         return bool(response.keep_alive) and not gone and not self._close and not self._force_close
 
     async def _rest_came(self, payload: Any) -> bool:
-        """Whether the client sends the rest of a body that its handler did not want, before it reads the answer."""
+        """Whether the client sends the rest of a body that its handler did not want, before it reads the answer.
+
+        Also where the connection ends with the answer: to close it on what still comes would reset it, and take the
+        answer from a client that has not read it yet.
+        """
         with contextlib.suppress(TimeoutError, web.RequestPayloadError):
             async with asyncio.timeout(self._lingering_time):
                 while not payload.is_eof():
                     await payload.readany()
         return bool(payload.is_eof())
+
+    def _is_gone(self) -> bool:
+        """Whether nobody is there any more to read an answer."""
+        return self._force_close or self.transport is None or self.transport.is_closing()
 
     def _remember_head(self) -> None:
         if self._parsed_head is not None:
