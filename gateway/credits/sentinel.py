@@ -40,7 +40,10 @@ class SentinelLocator:
     async def replaced(self) -> bool:
         """Whether they name another node now. Raises StoreError."""
         before = self._newest
-        return before is None or (await self._ask()).address != before.address
+        if before is None:
+            return True
+        newest = self._newest = await self._ask()  # kept: those that are asked next may not have heard of it
+        return newest.address != before.address
 
     async def _ask(self) -> _Answer:
         # For a second or so after a failover most sentinels may not have heard of it, and the old primary still takes
