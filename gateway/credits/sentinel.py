@@ -1,6 +1,7 @@
 """Finds the primary that sentinels watch."""
 
 import asyncio
+import time
 from typing import NamedTuple
 
 from gateway.credits.addresses import Address, StoreUrl
@@ -8,6 +9,9 @@ from gateway.credits.connection import Connection, Reply, connect_to
 from gateway.credits.errors import StoreError, StoreRefused, StoreUnavailable, StoreUnsuitable
 from gateway.credits.single import refuse_replica
 from gateway.credits.topology import Node, Opener, code_of
+
+#: How long most sentinels are thought not to have heard of a failover: they tell each other every two seconds.
+_UNHEARD_S = 60.0
 
 
 class _Answer(NamedTuple):
@@ -25,6 +29,7 @@ class SentinelLocator:
         self._timeout_ms = timeout_ms
         self._opener = opener
         self._newest: _Answer | None = None  # while its node is the primary
+        self._confirmed_at = 0.0
 
     async def open(self) -> tuple[Connection, Node]:
         """Ask, and connect to the node that they name. Raises StoreError."""
@@ -40,14 +45,21 @@ class SentinelLocator:
     async def replaced(self) -> bool:
         """Whether they name another node now. Raises StoreError."""
         before = self._newest
-        return before is None or (await self._ask()).address != before.address
+        if before is None:
+            return True
+        newest = self._newest = await self._ask()  # kept: those that are asked next may not have heard of it
+        return newest.address != before.address
 
     async def _ask(self) -> _Answer:
         # For a second or so after a failover most sentinels may not have heard of it, and the old primary still takes
         # writes, all of them to be thrown away: who has heard does not go back.
         answer = await _ask_most(self._url, self._timeout_ms)
-        newest = self._newest
-        return answer if newest is None or answer.epoch >= newest.epoch else newest
+        newest, now = self._newest, time.monotonic()
+        # Sentinels that were set up anew count failovers from the beginning.
+        if newest is None or answer.epoch >= newest.epoch or now - self._confirmed_at > _UNHEARD_S:
+            self._confirmed_at = now
+            return answer
+        return newest
 
 
 async def _ask_most(url: StoreUrl, timeout_ms: int) -> _Answer:

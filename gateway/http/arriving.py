@@ -14,6 +14,8 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 #: A larger body goes through aiohttp's reader, which holds little of it.
 MOST_BYTES = 2**20
+#: A longer head is not kept for the next request: each idle connection would hold it.
+MOST_HEAD_BYTES = 2**13
 
 _LENGTH = b"\r\ncontent-length:"
 _MOST_DIGITS = 7

@@ -12,7 +12,7 @@ from aiohttp import web
 from aiohttp.http_writer import StreamWriter
 
 from gateway.http import errors
-from gateway.http.arriving import MOST_BYTES, Body, Head, size_of
+from gateway.http.arriving import MOST_BYTES, MOST_HEAD_BYTES, Body, Head, size_of
 from gateway.http.proxy import Proxy
 from gateway.http.whole import WholeAnswer
 
@@ -115,7 +115,8 @@ class _Connection(web.RequestHandler):
         sizes = size_of(data, message)
         if sizes is None or sizes[1] < len(data):
             return None
-        self._parsed_head = data[: sizes[0]], message
+        if sizes[0] <= MOST_HEAD_BYTES:
+            self._parsed_head = data[: sizes[0]], message
         return sizes[1] - len(data)
 
     def resume_reading(self, resume_parser: bool = True) -> None:
@@ -143,7 +144,9 @@ class _Connection(web.RequestHandler):
             assert self._parser is not None
             self._parser.message_consumed()
             try:
-                lives_on = await self._answer(message, payload) and (payload.is_eof() or await self._rest_came(payload))
+                lives_on = await self._answer(message, payload)
+                if not payload.is_eof() and not self._is_gone():
+                    lives_on = await self._rest_came(payload) and lives_on
             except ConnectionError:  # the client has hung up, or the answer had begun when something went wrong
                 break
             except Exception:
@@ -176,8 +179,7 @@ class _Connection(web.RequestHandler):
             except Exception as error:
                 response = self.handle_error(request, 500, error)
             self._current_request = None
-            if response.status == HTTPStatus.OK:
-                self._remember_head()
+            self._remember_head(message, response.status)
             if type(response) is WholeAnswer and not self._upgraded:
                 gone = not self._write_whole(request, response) or (self.writing_paused and await self._stalled())
             else:
@@ -193,17 +195,27 @@ class _Connection(web.RequestHandler):
         return bool(response.keep_alive) and not gone and not self._close and not self._force_close
 
     async def _rest_came(self, payload: Any) -> bool:
-        """Whether the client sends the rest of a body that its handler did not want, before it reads the answer."""
+        """Whether the client sends the rest of a body that its handler did not want, before it reads the answer.
+
+        Also where the connection ends with the answer: to close it on what still comes would reset it, and take the
+        answer from a client that has not read it yet.
+        """
         with contextlib.suppress(TimeoutError, web.RequestPayloadError):
             async with asyncio.timeout(self._lingering_time):
                 while not payload.is_eof():
                     await payload.readany()
         return bool(payload.is_eof())
 
-    def _remember_head(self) -> None:
-        if self._parsed_head is not None:
-            self._head = Head.of(*self._parsed_head) or self._head
-            self._parsed_head = None
+    def _is_gone(self) -> bool:
+        """Whether nobody is there any more to read an answer."""
+        return self._force_close or self.transport is None or self.transport.is_closing()
+
+    def _remember_head(self, message: Any, status: int) -> None:
+        parsed = self._parsed_head
+        if parsed is not None and parsed[1] is message:  # not that of a request that has come meanwhile
+            self._parsed_head = None  # nothing of a refused one is kept while the connection is idle
+            if status == HTTPStatus.OK:
+                self._head = Head.of(*parsed) or self._head
 
     def _wait_for_another(self) -> None:
         self._keepalive = True

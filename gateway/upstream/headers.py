@@ -24,6 +24,8 @@ _AGENT_LINE = f"User-Agent: {_AGENT}"
 _BODILESS = frozenset({"GET", "HEAD", "OPTIONS"})
 _MOST_CUSTOMS = _MOST_BEGINNINGS = 32
 _MOST_KEPT_BYTES = 1024
+# A client may send a megabyte of names, each time another.
+_MOST_NAME_CHARACTERS = 2048
 _JSON_OF = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 
 _Key = TypeVar("_Key")
@@ -52,9 +54,13 @@ class Head:
         Raises ValueError for a header that would not stay one, or a path that is none.
         """
         names = tuple(headers)
+        if len(names) != len(headers):  # one came more than once: by its name only its first value would be found
+            return self._beginning(method, path, headers) + _of_body(method, body)
         custom = self._customs.get(names)
         if custom is None:
-            custom = _remember(self._customs, names, _Custom(names), _MOST_CUSTOMS)
+            custom = _Custom(names)
+            if sum(map(len, names)) <= _MOST_NAME_CHARACTERS:
+                _remember(self._customs, names, custom, _MOST_CUSTOMS)
         if custom.values_of is None:
             return self._beginning(method, path, headers) + _of_body(method, body)
         said = method, path, custom.values_of(headers)

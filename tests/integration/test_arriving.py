@@ -137,6 +137,51 @@ async def test_a_head_that_was_refused_is_not_remembered(monkeypatch: pytest.Mon
     assert heads == []
 
 
+async def test_a_head_that_came_behind_another_request_is_not_remembered_for_that_ones_answer() -> None:
+    """A 200 of a request that costs nothing would have the bodies of a stranger's requests taken past the reader."""
+    first_came = asyncio.Event()
+
+    class Slow(Seeing):
+        async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+            self.seen.append(())
+            if request.method == "POST":
+                return WholeAnswer(401, "", "text/plain", b"")
+            first_came.set()
+            while not request.protocol._messages:
+                await asyncio.sleep(0.001)
+            return WholeAnswer(200, "", "text/plain", b"")
+
+    of = DataServer(slow := Slow())  # type: ignore[arg-type]
+    async with listening(of) as port:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n")
+        async with asyncio.timeout(30):
+            await first_came.wait()
+            writer.write(post(text(20)))
+            while len(slow.seen) < 2:
+                await asyncio.sleep(0.001)
+        assert [connection._head for connection in of.connections] == [None]  # type: ignore[attr-defined]
+        writer.close()
+
+
+@pytest.mark.parametrize(("status", "more"), [(401, ""), (200, f"X-Long: {'x' * 8100}\r\nX-Other: {'x' * 200}\r\n")])
+async def test_an_idle_connection_keeps_no_head_that_was_refused_or_is_long(status: int, more: str) -> None:
+    class Answering(Seeing):
+        async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+            await super().handle(request)
+            return WholeAnswer(status, "", "text/plain", b"")
+
+    of = DataServer(Answering())  # type: ignore[arg-type]
+    async with listening(of) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(post(text(20), more=more))
+        async with asyncio.timeout(30):
+            await reader.readuntil(b"\r\n\r\n")
+        (connection,) = of.connections
+        assert (connection._parsed_head, connection._head) == (None, None)  # type: ignore[attr-defined]
+        writer.close()
+
+
 async def test_a_client_that_hangs_up_amid_a_body_ends_its_request() -> None:
     ended: list[BaseException] = []
 

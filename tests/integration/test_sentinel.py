@@ -108,12 +108,16 @@ async def test_who_has_heard_of_a_failover_does_not_go_back(tmp_path: Path) -> N
             return node.run_id
 
         runs = [server.command("INFO", "server")["run_id"] for server in (old, new)]  # type: ignore[index]
+        ahead.pause()
+        assert await opened() == runs[0]
+        ahead.resume()
         for sentinel in behind:
             sentinel.pause()
-        assert await opened() == runs[1]
+        assert await locator.replaced()
         for sentinel in behind:
             sentinel.resume()
         ahead.pause()
+        assert await opened() == runs[1]
         assert not await locator.replaced()
         assert await opened() == runs[1]
         # Unless that node is no primary: then the failover was taken back.
