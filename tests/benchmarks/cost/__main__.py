@@ -32,7 +32,7 @@ RESULT = Path(__file__).with_name("result.md")
 _REQUESTS, _LARGE, _STREAMS, _OPEN_STREAMS = 6000, 600, 192, 2000
 #: Requests whose reading is nearly all of the work: so many messages, of four bytes each, that little is left for the
 #: load, the model and the store, which share the cores.
-_MANY_MESSAGES, _LABORIOUS = 20_000, 200
+_MANY_MESSAGES, _LABORIOUS = 20_000, 600
 _LATENCY_S = 5.0
 
 Opener = Callable[[], AbstractContextManager[Proxy]]
