@@ -53,8 +53,8 @@ def test_the_transcripts_are_what_is_printed(gateway: Gateway) -> None:
     assert masked(gateway.stdout) == masked(block("transcript: serve"))
     curl = gateway.stdout[gateway.stdout.index("curl -i") :]
     answer = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, timeout=30, check=True).stdout
-    for line in masked(block("transcript: curl")).splitlines():
-        assert line in masked(answer).splitlines()
+    answered = iter(masked(answer).splitlines())
+    assert all(line in answered for line in masked(block("transcript: curl")).splitlines())  # in this order
     shown = run_cli(
         gateway.config,
         "credits",
@@ -69,6 +69,27 @@ def test_the_transcripts_are_what_is_printed(gateway: Gateway) -> None:
     assert masked(shown.stdout) == masked("\n".join(lines))
 
 
+def test_a_lost_key_has_a_successor(tmp_path: Path) -> None:
+    """By the command that README gives, which a later start repeats."""
+    assert "quota-gateway keys create default` makes another" in README
+    config, environment = shipped_dir() / "gateway.yaml", {"IONET_API_KEY": ""}
+    for start in range(2):
+        with running_gateway(config, data_dir=tmp_path / "data", env=environment) as running:
+            assert ("for the first account, default" in running.stdout) == bool(start)
+            if start:
+                made = run_cli(
+                    config, "keys", "create", "default", "--data-dir", str(running.data_dir), environment=environment
+                )
+                assert "sk-qg-" in made.stdout
+
+
+def test_what_compose_shows_is_where_the_readme_says() -> None:
+    services = yaml.safe_load((REPOSITORY / "config" / "compose.yaml").read_text())["services"]
+    for name in ("grafana", "prometheus"):
+        (published,) = services[name]["ports"]
+        assert f"{name.capitalize()} on http://{published.rpartition(':')[0]}" in README
+
+
 @pytest.mark.parametrize("mark", ["snippet: openai python", "snippet: langchain", "snippet: curl"])
 def test_snippets_get_an_answer(gateway: Gateway, mark: str) -> None:
     interpreter = ["bash", "-c"] if mark.endswith("curl") else [sys.executable, "-W", "ignore", "-c"]
@@ -79,6 +100,8 @@ def test_the_media_snippet_gets_priced_answers(tmp_path: Path) -> None:
     config = REPOSITORY / "config" / "openai" / "gateway.yaml"
     assert "--config config/openai/gateway.yaml" in README
     with running_gateway(config, data_dir=tmp_path / "data", env={"OPENAI_UPSTREAM_KEY": ""}) as gateway:
+        assert "DEMO MODEL: no upstream has a key (openai)" in gateway.stdout
+        assert "IONET" not in gateway.stdout  # the variable of another configuration
         environment = {**os.environ, "OPENAI_BASE_URL": gateway.base_url, "OPENAI_API_KEY": gateway.key or ""}
         command = ["bash", "-euc", block("snippet: media")]
         ended = subprocess.run(

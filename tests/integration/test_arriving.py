@@ -1,8 +1,7 @@
 """Requests that begin like the one before are, in whatever pieces they come, what aiohttp alone makes of them."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Iterable
 
 import pytest
 from aiohttp import web
@@ -13,6 +12,7 @@ from gateway.http import server
 from gateway.http.quote import body_at_hand, read_body
 from gateway.http.server import DataServer
 from gateway.http.whole import WholeAnswer
+from tests.listening import listening
 
 _MOST_BYTES = 3_000_000
 _JSON = "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
@@ -38,17 +38,6 @@ class Seeing:
         head = request.method, request.path, request.version, tuple(request.headers.items()), request.raw_headers
         self.seen.append((*head, request.content_length, request.keep_alive, body))
         return WholeAnswer(200, "", "text/plain", b"%d" % len(self.seen))
-
-
-@asynccontextmanager
-async def listening(of: web.Server) -> AsyncIterator[int]:
-    runner = web.ServerRunner(of, shutdown_timeout=1)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        yield runner.addresses[0][1]
-    finally:
-        await runner.cleanup()
 
 
 async def told(port: int, pieces: Iterable[bytes]) -> bytes:

@@ -1,14 +1,13 @@
 """What the data listener does with a connection whose answer goes wrong."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import pytest
 from aiohttp import web
 
 from gateway.http.server import DataServer
 from gateway.http.whole import WholeAnswer
+from tests.listening import listening
 
 REQUEST = b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{}"
 
@@ -35,20 +34,9 @@ class Faulty:
         raise RuntimeError("a fault")
 
 
-@asynccontextmanager
-async def serving(way: str) -> AsyncIterator[int]:
-    runner = web.ServerRunner(DataServer(Faulty(way)), shutdown_timeout=1)  # type: ignore[arg-type]
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        yield runner.addresses[0][1]
-    finally:
-        await runner.cleanup()
-
-
 @pytest.mark.parametrize("way", ["line break", "raises", "raises after it began"])
 async def test_the_connection_is_closed(way: str) -> None:
-    async with serving(way) as port:
+    async with listening(DataServer(Faulty(way))) as port:  # type: ignore[arg-type]
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(REQUEST)
         async with asyncio.timeout(20):
@@ -63,7 +51,7 @@ async def test_the_connection_is_closed(way: str) -> None:
 async def test_a_client_that_still_sends_gets_its_answer(more: str) -> None:
     """Also where the connection ends with it: to close it at once would reset it under the client's hands."""
     piece, pieces = b"x" * 65536, 20
-    async with serving("refuses") as port:
+    async with listening(DataServer(Faulty("refuses"))) as port:  # type: ignore[arg-type]
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         head = f"POST /v1/x HTTP/1.1\r\nHost: a\r\n{more}Content-Length: {len(piece) * pieces}\r\n\r\n"
         writer.write(head.encode())
