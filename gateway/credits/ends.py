@@ -33,6 +33,7 @@ _ADOPT_S = 30.0
 # A replica that takes over may lack the last moments: what ended in them is said again.
 _FAILOVER_S = 60.0
 _MOST_RECENT = 20_000
+_REMEMBERED = 1 + len(JournalEntry._fields)
 #: Makes a named tuple of values that are in its order, for half of what its own constructor takes.
 _entry = tuple.__new__
 
@@ -48,7 +49,9 @@ class Ends:
         self._journal = journal
         self._configured = configured
         self._background: set[asyncio.Task[None]] = set()
-        self._recent: deque[tuple[float, JournalEntry]] = deque(maxlen=_MOST_RECENT)
+        # The time and the fields of one after the other: kept as tuples, they would have the collector of cycles look
+        # at all of them after every 5,000 requests, for 3 ms.
+        self._recent: deque[Any] = deque(maxlen=_MOST_RECENT * _REMEMBERED)
         store.on_failover = self._say_again
         metrics.watch_journal_pending(lambda: journal.pending)
 
@@ -149,9 +152,11 @@ class Ends:
 
     def _remember_end(self, entry: JournalEntry) -> None:
         now, recent = time.monotonic(), self._recent
-        while recent and recent[0][0] < now - _FAILOVER_S:
-            recent.popleft()
-        recent.append((now, entry))
+        while recent and recent[0] < now - _FAILOVER_S:
+            for _ in range(_REMEMBERED):
+                recent.popleft()
+        recent.append(now)
+        recent.extend(entry)
 
     def _count_settlement(self, entry: JournalEntry, settlement: Settlement) -> None:
         if settlement.from_allowance_nano:
@@ -184,7 +189,9 @@ class Ends:
     def _say_again(self) -> None:
         """Another primary answers, which may not have heard of what ended last: their ids make that harmless."""
         since = time.monotonic() - _FAILOVER_S
-        again = [entry for at, entry in self._recent if at >= since]
+        words = list(self._recent)
+        each = (words[first : first + _REMEMBERED] for first in range(0, len(words), _REMEMBERED))
+        again = [JournalEntry(*entry) for at, *entry in each if at >= since]
         if again:
             log.warning("another primary answers: telling it again of the last %d reservations that ended", len(again))
             self._in_background(self._all_until_done(again, again=True))
