@@ -50,9 +50,9 @@ _LONGEST_BACKOFF_S = 10.0
 _STEADY_S = 60.0  # a server that lived this long was not in a crash loop
 
 #: For the server's allocator, where it is glibc's; whatever the operator has set there counts more. Lua makes and drops
-#: thousands of small objects between two collections. By itself the allocator keeps 7 of a size at hand and hands out the
-#: others in the order in which they were freed, so that each has left the processor's cache: a fifth of the server's
-#: time at 3,000 requests/s.
+#: thousands of small objects between two collections. By itself the allocator keeps 7 of a size at hand and hands out
+#: the others in the order in which they were freed, so that each has left the processor's cache: a fifth of the
+#: server's time at 3,000 requests/s.
 _ALLOCATOR = ("GLIBC_TUNABLES", "glibc.malloc.tcache_count=65535")
 
 #: Becomes the server (exec keeps the process id, the inherited lock and the death signal). A step of its own
@@ -215,8 +215,8 @@ class EmbeddedStore:
             "save": "",
             "appendonly": "yes",
             "appendfsync": self._appendfsync,
-            # Writing the file anew holds requests up for 20 to 40 ms, which at 64 MB came after 45,000 requests. Read at
-            # the start, 128 MB take a second.
+            # Writing the file anew holds requests up for 20 to 40 ms, at 64 MB after every 45,000 requests. To read
+            # 128 MB at the start takes a second.
             "auto-aof-rewrite-min-size": "128mb",
             "aof-load-truncated": "yes",  # a tail torn by a power failure is cut off, not fatal
             "maxmemory-policy": "noeviction",

@@ -43,9 +43,11 @@ async def event_us(proxy: Proxy, streams: int) -> float:
     return (proxy.cpu_s - before) / (streams * EVENTS) * 1e6
 
 
-async def requests_per_s(proxy: Proxy, requests: int, prompt_bytes: int = 76, messages: int = 1) -> float:
+async def requests_per_s(
+    proxy: Proxy, requests: int, prompt_bytes: int = 76, messages: int = 1, *, compressed: bool = False
+) -> float:
     """Answers per second while every connection asks again at once."""
-    request = proxy.target.request(prompt_bytes=prompt_bytes, messages=messages)
+    request = proxy.target.request(prompt_bytes=prompt_bytes, messages=messages, compressed=compressed)
     return requests / await closed_loop(proxy.target, request, _CONNECTIONS, requests)
 
 
