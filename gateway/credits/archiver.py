@@ -34,9 +34,12 @@ READ_AT_ONCE = 25
 _REST_MOST_S, _RESTS_S = 0.005, 2.0
 #: Streams whose lengths are asked for at once, for the same reason.
 _LENGTHS_AT_ONCE = 64
-#: The most entries of one transaction. To commit 2000 takes SQLite's thread 2 to 5 ms at a stretch, in which the event
-#: loop may wait for the same core: that was half of all answers that took over 3.5 ms. To commit 250 takes 0.5 ms.
+#: Entries of one transaction. To commit 2000 takes SQLite's thread 2 to 5 ms at a stretch, in which the event loop may
+#: wait for the same core: that was half of all answers that took over 3.5 ms. To commit 250 takes 0.5 ms.
 TRANSACTION = 250
+#: Where a sweep would need more transactions than this, because there is much or the database is slow, they are larger:
+#: up to so many entries.
+_TRANSACTIONS, _TRANSACTION_MOST = 40, 2000
 #: Field of the store's META that says which archive its ledger goes to.
 ARCHIVE_FIELD = "archive"
 _STORE_FIELD = "id"
@@ -115,13 +118,13 @@ class Archiver:
         if not any(lengths):
             return
         await self.claim()
-        taken = _Taken()
-        reads = list(_reads(lengths))
-        rest_s = min(_REST_MOST_S, _RESTS_S / (2 * len(reads)))
-        for counts in reads:
+        taken, entries = _Taken(), sum(lengths)
+        rest_s = min(_REST_MOST_S, _RESTS_S / (2 * -(-entries // READ_AT_ONCE)))
+        at_once = min(max(TRANSACTION, entries // _TRANSACTIONS), _TRANSACTION_MOST)
+        for counts in _reads(lengths):
             await self._read(counts, taken)
             await asyncio.sleep(rest_s)
-            if taken.entries >= TRANSACTION:
+            if taken.entries >= at_once:
                 await self._move(taken, rest_s)
                 taken = _Taken()
         await self._move(taken, rest_s)

@@ -153,12 +153,35 @@ async def test_runs_with_the_promised_settings(tmp_path: Path, appendfsync: str)
         "maxmemory-policy": "noeviction",
         "aof-load-truncated": "yes",
         "auto-aof-rewrite-percentage": "100",
-        "auto-aof-rewrite-min-size": "67108864",
+        "auto-aof-rewrite-min-size": "134217728",
         "enable-debug-command": "no",
         "daemonize": "no",
         "loglevel": "notice",
     }
     assert {name: settings[name] for name in promised} == promised
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        (None, "glibc.malloc.tcache_count=65535"),
+        ("glibc.malloc.arena_max=1", "glibc.malloc.arena_max=1:glibc.malloc.tcache_count=65535"),
+        ("glibc.malloc.tcache_count=7", "glibc.malloc.tcache_count=7"),
+    ],
+)
+async def test_the_allocator_is_set_beside_what_the_operator_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None, expected: str
+) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if before is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", before)
+    server = tmp_path / "server"  # instead of Valkey, which writes its title over its environment
+    server.write_text('#!/bin/sh\nprintf %s "$GLIBC_TUNABLES" > "$0.saw"\nexit 1\n')
+    server.chmod(0o700)
+    monkeypatch.setattr(embedded, "_server_binary", lambda: server)
+    with pytest.raises(EmbeddedStoreError):
+        await EmbeddedStore(tmp_path / "data").start()
+    assert (tmp_path / "server.saw").read_text() == expected
 
 
 async def test_an_account_with_large_figures_stays_compact(tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
 """What the engine owes the store while the store is away, forgets or goes back in time."""
 
 import asyncio
+import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gateway.credits.errors import StoreRefused, StoreUnavailable, UnknownReservation
-from gateway.credits.journal import Journal
+from gateway.credits.journal import Journal, JournalEntry
 from gateway.credits.keyspace import money_keys
 from gateway.credits.operator import Operator
 from gateway.credits.service import CreditEngine, Identity, Seen
@@ -178,6 +179,14 @@ async def test_after_a_failover_the_last_settlements_and_voids_are_said_again(
     assert [entry["kind"] for entry in await ledger(store)].count("settle") == 2
     assert (await operator.void_reservation(voided.id)).repeated
     await check_books(store)
+
+
+async def test_what_is_remembered_for_a_failover_is_no_work_for_the_collector_of_cycles(
+    engine: CreditEngine, acme: Identity
+) -> None:
+    for _ in range(50):
+        await settle(engine, await hold(engine, acme, 5), 5)
+    assert sum(type(one) is JournalEntry for one in gc.get_objects()) < 10
 
 
 async def test_a_settlement_of_an_answer_that_outlived_its_lost_reservation_is_whole(

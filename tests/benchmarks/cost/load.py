@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 _CHUNKED_END = b"\r\n0\r\n\r\n"
+_LONGEST_S = 30.0
 _EVENT = b'"delta":{"content"'
 _PROMPT = "Say in a dozen words what a quota gateway is, please; be short and plain. "
 
@@ -143,16 +144,16 @@ async def closed_loop(
 
 
 async def open_loop(target: Target, request: bytes, rate: float, seconds: float) -> list[float]:
-    """Send at an even rate (requests/s), whether or not earlier ones were answered; how long each took from when it was
-    due, s. Those of the first second are left out, while the server takes the connections. Raises RuntimeError for an
-    answer other than 200."""
-    took: list[float] = []
+    """Send at an even rate (requests/s), whether or not earlier ones were answered; how long each took, s: from when it
+    was sent, or where all connections waited for an answer, from when it would have been. Those of the first second
+    are left out, while the server takes the connections. Raises RuntimeError for an answer other than 200, or none."""
+    took: list[tuple[float, float]] = []
     free: list[Client] = []
-    late: deque[float] = deque()  # when they were due, while all connections wait
+    late: deque[float] = deque()
     wrong_ones: list[bytes] = []
 
     def answered(client: Client, wrong: bytes) -> None:
-        took.append(time.perf_counter() - client.sent_at)
+        took.append((client.sent_at, time.perf_counter() - client.sent_at))
         if wrong:
             wrong_ones.append(wrong)
         if late:
@@ -162,7 +163,7 @@ async def open_loop(target: Target, request: bytes, rate: float, seconds: float)
 
     clients = await connected(target, 256, answered)
     free += clients
-    started, early, count = time.perf_counter(), int(rate), int(rate * (seconds + 1))
+    started, count = time.perf_counter(), int(rate * (seconds + 1))
     for number in range(count):
         ahead = started + number / rate - time.perf_counter()
         if ahead > 0:
@@ -171,12 +172,13 @@ async def open_loop(target: Target, request: bytes, rate: float, seconds: float)
             free.pop().send(request)
         else:
             late.append(time.perf_counter())
-    while len(took) < count:
+    until = time.perf_counter() + _LONGEST_S
+    while len(took) < count and time.perf_counter() < until:
         await asyncio.sleep(0.01)
     close(clients)
-    if wrong_ones:
-        raise RuntimeError(f"{len(wrong_ones)} of {count} were answered wrongly: {wrong_ones[0].decode()}")
-    return took[early:]
+    if wrong_ones or len(took) < count:
+        raise RuntimeError(f"{len(took)} of {count} were answered, {len(wrong_ones)} wrongly: {wrong_ones[:1]}")
+    return [each for sent_at, each in took if sent_at >= started + 1]
 
 
 def close(clients: list[Client]) -> None:

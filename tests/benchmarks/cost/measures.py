@@ -12,11 +12,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import distribution, distributions
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import hiredis
 from packaging.requirements import Requirement
 
+from gateway.credits.connection import pack
+from gateway.credits.keyspace import SHARDS, shard_keys
 from tests.benchmarks.cost.load import Target, close, closed_loop, connected, open_loop
 from tests.benchmarks.cost.proxies import Proxy, resident_bytes
 
@@ -27,12 +30,22 @@ _CONNECTIONS, _STREAMS = 32, 64
 _COMPUTE_S = 2.0
 
 
+async def archived(proxy: Proxy) -> None:
+    """Wait until a gateway's ledger is archived, which goes on for seconds after the last request: it belongs to the
+    requests that made it, and must not burden whatever is measured next."""
+    lengths = [("XLEN", shard_keys(shard).ledger) for shard in range(SHARDS)]
+    while proxy.store_url and any(await asyncio.to_thread(_replies, proxy.store_url, lengths)):
+        await asyncio.sleep(0.2)
+
+
 async def request_us(proxy: Proxy, requests: int, prompt_bytes: int = 76) -> float:
-    """CPU of the proxy's processes for a request whose answer comes whole, µs."""
+    """CPU of the proxy's processes for a request whose answer comes whole, until its ledger entry is archived, µs."""
     request = proxy.target.request(prompt_bytes=prompt_bytes)
     await closed_loop(proxy.target, request, _CONNECTIONS, requests // 5)
+    await archived(proxy)
     before = proxy.cpu_s
     await closed_loop(proxy.target, request, _CONNECTIONS, requests)
+    await archived(proxy)
     return (proxy.cpu_s - before) / requests * 1e6
 
 
@@ -40,6 +53,7 @@ async def event_us(proxy: Proxy, streams: int) -> float:
     """CPU of the proxy's processes for each event of streams, their requests' share with it, µs."""
     before = proxy.cpu_s
     await closed_loop(proxy.target, proxy.target.request(stream=True), min(_STREAMS, streams), streams)
+    await archived(proxy)
     return (proxy.cpu_s - before) / (streams * EVENTS) * 1e6
 
 
@@ -97,14 +111,21 @@ async def trips(proxy: Proxy, requests: int) -> Trips:
 
 
 def _info(url: str) -> dict[str, str]:
+    (told,) = _replies(url, [("INFO", "everything")])
+    return dict(line.split(":", 1) for line in told.decode().splitlines() if ":" in line)
 
+
+def _replies(url: str, commands: list[tuple[str, str]]) -> list[Any]:
+    replies: list[Any] = []
     with socket.socket(socket.AF_UNIX) as store:
         store.connect(unquote(url.removeprefix("unix://")))
-        store.sendall(b"INFO everything\r\n")
+        store.sendall(b"".join(pack(*command) for command in commands))
         reader = hiredis.Reader()
-        while (reply := reader.gets()) is False:
+        while len(replies) < len(commands):
             reader.feed(store.recv(2**16))
-    return dict(line.split(":", 1) for line in reply.decode().splitlines() if ":" in line)
+            while (reply := reader.gets()) is not False:
+                replies.append(reply)
+    return replies
 
 
 def _counted(info: dict[str, str]) -> tuple[int, int]:
