@@ -38,15 +38,25 @@ async def archived(proxy: Proxy) -> None:
         await asyncio.sleep(0.2)
 
 
-async def request_us(proxy: Proxy, requests: int, prompt_bytes: int = 76) -> float:
-    """CPU of the proxy's processes for a request whose answer comes whole, until its ledger entry is archived, µs."""
+@dataclass(frozen=True)
+class Spent:
+    """CPU of a proxy's processes for a request whose answer comes whole, µs: until the last is answered, and until the
+    ledger entries of all are archived."""
+
+    answered_us: float
+    archived_us: float
+
+
+async def request_us(proxy: Proxy, requests: int, prompt_bytes: int = 76) -> Spent:
+    """What a request costs."""
     request = proxy.target.request(prompt_bytes=prompt_bytes)
     await closed_loop(proxy.target, request, _CONNECTIONS, requests // 5)
     await archived(proxy)
     before = proxy.cpu_s
     await closed_loop(proxy.target, request, _CONNECTIONS, requests)
+    answered_s = proxy.cpu_s - before
     await archived(proxy)
-    return (proxy.cpu_s - before) / requests * 1e6
+    return Spent(answered_s / requests * 1e6, (proxy.cpu_s - before) / requests * 1e6)
 
 
 async def event_us(proxy: Proxy, streams: int) -> float:
