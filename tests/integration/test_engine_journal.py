@@ -2,11 +2,14 @@
 
 import asyncio
 import gc
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from gateway.credits import ends
 from gateway.credits.errors import StoreRefused, StoreUnavailable, UnknownReservation
 from gateway.credits.journal import Journal, JournalEntry
 from gateway.credits.keyspace import money_keys
@@ -178,6 +181,25 @@ async def test_after_a_failover_the_last_settlements_and_voids_are_said_again(
     assert (funds.used_nano, funds.held_nano) == (12_000_000, 0)
     assert [entry["kind"] for entry in await ledger(store)].count("settle") == 2
     assert (await operator.void_reservation(voided.id)).repeated
+    await check_books(store)
+
+
+async def test_what_ended_long_before_a_failover_is_not_said_again(
+    engine: CreditEngine,
+    store: Store,
+    acme: Identity,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for _ in range(3):
+        await settle(engine, await hold(engine, acme, 5), 5)
+    later = SimpleNamespace(monotonic=lambda: time.monotonic() + 61, perf_counter=time.perf_counter)
+    monkeypatch.setattr(ends, "time", later)
+    await settle(engine, await hold(engine, acme, 5), 5)
+    assert store.on_failover is not None
+    store.on_failover()
+    assert "the last 1 reservations" in caplog.text
+    assert await engine.close(30) == 0
     await check_books(store)
 
 
