@@ -33,6 +33,8 @@ _CLI_SECONDS = 60
 _STOP_SECONDS = 35
 _REPOSITORY = Path(__file__).parents[1]
 _NANO = Decimal("0.000000001")
+#: Characters of a gateway's log.
+_LOG_SHOWN = 20_000
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,8 @@ def running_gateway(
     config: a file, or what to write into one; listeners and data directory are given on the command line, and
     what else options say. clock: what the gateway, its store and ``cli`` take for the time. Raises RuntimeError with
     its stderr if it does not get ready, does not end on SIGTERM or ends with a code other than 0; a block that kills it
-    or waits for its end decides about that itself.
+    or waits for its end decides about that itself. The end of its log is printed where something failed, and always in
+    tests, where pytest shows it if they do.
     """
     with tempfile.TemporaryDirectory(prefix="qg-serve-") as name:
         directory = Path(name)
@@ -158,12 +161,11 @@ def running_gateway(
             gateway = Gateway(base_url, admin_url, key, process, directory, path, data_dir, environment, clock)
             yield gateway
             _end(process, gateway)
-        except BaseException:
-            print((directory / "stderr").read_text(errors="replace"), file=sys.stderr)
-            raise
         finally:
             process.kill()
             process.wait()
+            if sys.exc_info()[0] or "PYTEST_CURRENT_TEST" in os.environ:
+                print((directory / "stderr").read_text(errors="replace")[-_LOG_SHOWN:], file=sys.stderr)
 
 
 def run_cli(config: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> CompletedProcess[str]:

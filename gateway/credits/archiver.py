@@ -8,7 +8,7 @@ import asyncio
 import logging
 import random
 import secrets
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
 from gateway.credits.archive import Archive, ArchiveError
@@ -30,6 +30,9 @@ RETRY_MOST_S = 30.0
 #: Entries that are read at once, and trimmed at once: 0.15 ms of the loop's time and of the store's, for which requests
 #: wait.
 READ_AT_ONCE = 25
+#: The same where nobody waits. One after the other without rests, an entry takes 8 µs of CPU and not 19, for which the
+#: process wakes up less often and finds its caches as it left them.
+QUIET_READ_AT_ONCE = 100
 #: The longest rest after each, and all rests of a sweep together: so that hardly a request meets two of them.
 _REST_MOST_S, _RESTS_S = 0.005, 2.0
 #: Streams whose lengths are asked for at once, for the same reason.
@@ -46,6 +49,8 @@ _STORE_FIELD = "id"
 
 #: What XRANGE gives: ids, each with names and values in turn.
 Batch = Sequence[tuple[bytes, list[bytes]]]
+#: Whether no request needs this process's time just now.
+Quiet = Callable[[], bool]
 
 
 class ForeignArchive(ArchiveError):
@@ -60,10 +65,16 @@ class ForeignArchive(ArchiveError):
 
 
 @asynccontextmanager
-async def archiving(store: Store, archive: Archive, metrics: Metrics) -> AsyncIterator[None]:
+async def archiving(
+    store: Store, archive: Archive, metrics: Metrics, quiet: Quiet = lambda: False
+) -> AsyncIterator[None]:
     """Archive the ledger for the time of the block; closes the archive at its end. What is then not archived yet stays
-    in the store. Raises nothing where the database is away: that is logged and tried again."""
-    task = asyncio.create_task(archive_forever(store, archive, metrics), name="ledger-archiver")
+    in the store. Raises nothing where the database is away: that is logged and tried again.
+
+    quiet: asked often; while it says no, what is done at once is little, with rests in between.
+    """
+    archiver = Archiver(store, archive, metrics, quiet)
+    task = asyncio.create_task(_archive_forever(archiver, metrics), name="ledger-archiver")
     try:
         yield
     finally:
@@ -73,9 +84,7 @@ async def archiving(store: Store, archive: Archive, metrics: Metrics) -> AsyncIt
         await archive.close()
 
 
-async def archive_forever(store: Store, archive: Archive, metrics: Metrics) -> None:
-    """Sweep for ever."""
-    archiver = Archiver(store, archive, metrics)
+async def _archive_forever(archiver: "Archiver", metrics: Metrics) -> None:
     pause_s, failing = PAUSE_S, False
     while True:
         try:
@@ -101,10 +110,11 @@ async def archive_forever(store: Store, archive: Archive, metrics: Metrics) -> N
 class Archiver:
     """Moves what there is."""
 
-    def __init__(self, store: Store, archive: Archive, metrics: Metrics) -> None:
+    def __init__(self, store: Store, archive: Archive, metrics: Metrics, quiet: Quiet = lambda: False) -> None:
         self._store = store
         self._archive = archive
         self._metrics = metrics
+        self._quiet = quiet
 
     async def sweep(self) -> None:
         """Archive and trim what there is when it begins.
@@ -119,15 +129,15 @@ class Archiver:
             return
         await self.claim()
         taken, entries = _Taken(), sum(lengths)
-        rest_s = min(_REST_MOST_S, _RESTS_S / (2 * -(-entries // READ_AT_ONCE)))
+        pace = _Pace(entries, self._quiet)
         at_once = min(max(TRANSACTION, entries // _TRANSACTIONS), _TRANSACTION_MOST)
-        for counts in _reads(lengths):
+        for counts in _reads(lengths, pace):
             await self._read(counts, taken)
-            await asyncio.sleep(rest_s)
+            await pace.rest()
             if taken.entries >= at_once:
-                await self._move(taken, rest_s)
+                await self._move(taken, pace)
                 taken = _Taken()
-        await self._move(taken, rest_s)
+        await self._move(taken, pace)
 
     async def claim(self) -> None:
         """Tie store and archive together for ever, unless they are. Raises StoreError, ArchiveError, ForeignArchive."""
@@ -155,14 +165,32 @@ class Archiver:
         )
         taken.add(zip(counts, replies, strict=True))
 
-    async def _move(self, taken: "_Taken", rest_s: float) -> None:
+    async def _move(self, taken: "_Taken", pace: "_Pace") -> None:
         if taken.entries:
             self._metrics.ledger_archived(await self._archive.append(taken.rows, taken.broken))
             # Exactly what was archived, by id. A trim by the last id would also take entries that a replica, made
             # primary since they were read, has given smaller ids.
             for trims in taken.trims:
                 await self._store.call_all(trims)
-                await asyncio.sleep(rest_s)
+                await pace.rest()
+
+
+class _Pace:
+    """How much a sweep of so many entries does at once, and how long it rests after that."""
+
+    def __init__(self, entries: int, quiet: Quiet) -> None:
+        self._quiet = quiet
+        self._rest_s = min(_REST_MOST_S, _RESTS_S / (2 * -(-entries // READ_AT_ONCE)))
+
+    @property
+    def read_at_once(self) -> int:
+        """Entries that the next read may have."""
+        return QUIET_READ_AT_ONCE if self._quiet() else READ_AT_ONCE
+
+    async def rest(self) -> None:
+        """Let requests have their turn."""
+        if not self._quiet():
+            await asyncio.sleep(self._rest_s)
 
 
 class _Taken:
@@ -199,10 +227,10 @@ class _Taken:
         self.trims.append(trims)
 
 
-def _reads(lengths: Sequence[int]) -> Iterator[dict[int, int]]:
+def _reads(lengths: Sequence[int], pace: _Pace) -> Iterator[dict[int, int]]:
     """What to read at once: how many entries of which shards."""
     counts: dict[int, int] = {}
-    room = READ_AT_ONCE
+    room = pace.read_at_once
     for shard, length in enumerate(lengths):
         left = length
         while left:
@@ -211,6 +239,6 @@ def _reads(lengths: Sequence[int]) -> Iterator[dict[int, int]]:
             room -= counts[shard]
             if not room:
                 yield counts
-                counts, room = {}, READ_AT_ONCE
+                counts, room = {}, pace.read_at_once
     if counts:
         yield counts

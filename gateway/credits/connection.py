@@ -23,6 +23,10 @@ Command = tuple[str | bytes | int, ...]
 #: Commands that may wait for a reply on one connection; beyond it the store is as good as down.
 MAX_PENDING = 20_000
 
+#: What a late reply is given when its time is up, as a part of that. A process that stood still, alone or with its
+#: machine, finds the timer due before it has read what came long ago.
+_LAST_LOOK = 0.1
+
 _NO_ANSWER = "the store does not answer"
 _ASKING = b"*1\r\n$6\r\nASKING\r\n"
 _pack: Callable[[Command], bytes] = cast(Any, hiredis.pack_command)  # its stub names 1-tuples
@@ -42,6 +46,7 @@ class Connection(asyncio.Protocol):
         self._pending: deque[tuple[asyncio.Future[Reply], float]] = deque()
         self._transport: asyncio.Transport  # there is one before anybody has the connection
         self._watchdog: asyncio.TimerHandle | None = None
+        self._overdue: asyncio.Future[Reply] | None = None
         self._lost = False
         self.lost = asyncio.Event()
         self.on_lost: Callable[[], None] | None = None
@@ -97,14 +102,18 @@ class Connection(asyncio.Protocol):
         self._watchdog = None
         if not self._pending:
             return
-        wait_s = self._pending[0][1] - self._loop.time()
-        if wait_s > 0:
-            self._watchdog = self._loop.call_later(wait_s, self._check_oldest)
-        else:
+        oldest, due = self._pending[0]
+        wait_s = due - self._loop.time()
+        if wait_s <= 0 and oldest is self._overdue:
             self.close()
+            return
+        if wait_s <= 0:
+            self._overdue, wait_s = oldest, self._timeout_s * _LAST_LOOK
+        self._watchdog = self._loop.call_later(wait_s, self._check_oldest)
 
     def _fail_pending(self, reason: str) -> None:
         first, self._lost = not self._lost, True
+        self._overdue = None
         self.lost.set()
         if self._watchdog is not None:
             self._watchdog.cancel()

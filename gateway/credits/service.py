@@ -49,6 +49,8 @@ _OTHER_PLAN = NotReserved("other_plan")
 #: How often the leases of live reservations are renewed, with what was seen of their cost by then.
 RENEW_S = 10.0
 _REPLY_LOST_WAIT_S = 1.0
+#: After so long without a request there is time for other things.
+_QUIET_S = 0.1
 _MOST_PLAN_NAMES = 10_000
 
 
@@ -78,12 +80,18 @@ class CreditEngine:
         self._reserve_seconds = metrics.store_seconds("reserve")
         self._plan_names: OrderedDict[str, str] = OrderedDict()
         self._live: dict[str, Reservation] = {}
+        self._asked_at = 0.0
         self._ends = Ends(store, metrics, journal, lambda name: self._plans.get(name) or Plan(name))
 
     @property
     def open_reservations(self) -> int:
         """How many requests of this process hold credits."""
         return len(self._live)
+
+    @property
+    def quiet(self) -> bool:
+        """Whether no request has asked this process for credits for a moment."""
+        return time.perf_counter() - self._asked_at > _QUIET_S
 
     def use(self, plans: Mapping[str, Plan], default_plan: str) -> None:
         """Decide by other plans from now on; what is reserved keeps the rate that it was made at."""
@@ -142,7 +150,8 @@ class CreditEngine:
             # because each coroutine of a request takes 2,000 instructions.
             plan = self._plan_of(account)
             wording, command = self._call(plan, wanted)
-            started, way = time.perf_counter(), store.primary_of(wording.key)
+            self._asked_at = started = time.perf_counter()
+            way = store.primary_of(wording.key)
             try:
                 reply = await way.write(command)
             except StoreRefused as refusal:

@@ -176,6 +176,25 @@ async def test_a_store_that_hangs_is_unavailable_and_no_request_reaches_the_upst
     assert (funds.used, funds.held) == (before.cost + after.cost, 0)
 
 
+async def test_a_gateway_that_stood_still_reads_what_came_meanwhile_before_it_gives_the_store_up(
+    session: aiohttp.ClientSession, gateway: Gateway, upstream: HeldUpstream
+) -> None:
+    """As after a pause of the machine: the store has answered, but its time was up before the gateway could look."""
+    upstream.hold()
+    in_flight = asyncio.create_task(ask_default(session, gateway))
+    await upstream.wait_for_requests(1)
+    with hanging_store(gateway):
+        upstream.release()
+        await asyncio.sleep(0.3)  # the settlement is on its way to the store
+        gateway.process.send_signal(signal.SIGSTOP)
+    try:
+        await asyncio.sleep(2)
+    finally:
+        gateway.process.send_signal(signal.SIGCONT)
+    answer = await in_flight
+    assert (answer.status, answer.cost) == (200, upstream.cost)
+
+
 async def test_sigterm_lets_a_stream_end_and_settles_it(
     session: aiohttp.ClientSession, gateway: Gateway, upstream: HeldUpstream
 ) -> None:

@@ -1,8 +1,8 @@
 """What archiving the ledger costs: ``python -m tests.benchmarks.archiving [--rounds N] [--entries N] [--accounts N]``.
 
 Each round writes so many entries as requests write them (reserve and settle on a real server) and then archives them
-in SQLite on the disk. Printed is the CPU of this process, all threads, for the archiving alone: per entry, and for a
-sweep that finds nothing.
+in SQLite on the disk; twice, as is done while requests come and while none does. Printed is the CPU of this process,
+all threads, for the archiving alone: per entry, and for a sweep that finds nothing.
 """
 
 import argparse
@@ -31,12 +31,15 @@ async def measure(rounds: int, entries: int, accounts: int) -> None:
             for name in names:
                 await operator.create_account(name)
             archive = Archive("sqlite", Path(directory))
-            archiver = Archiver(stores[0], archive, Metrics(PLANS, [MODEL]))
+            metrics, quiet = Metrics(PLANS, [MODEL]), False
+            archiver = Archiver(stores[0], archive, metrics, lambda: quiet)
             await _sweep(archiver)
-            for number in range(rounds):
+            for number in range(2 * rounds):
                 await request_on(stores, names, number * entries, entries)
+                quiet = number % 2 == 1
                 seconds = await _sweep(archiver)
-                print(f"{seconds / entries * 1e6:7.1f} µs of CPU for each of {entries} entries", flush=True)
+                when = "without requests" if quiet else "between requests"
+                print(f"{seconds / entries * 1e6:7.1f} µs of CPU {when} for each of {entries} entries", flush=True)
             idle_s = sum([await _sweep(archiver) for _ in range(_IDLE_SWEEPS)]) / _IDLE_SWEEPS
             print(f"{idle_s * 1e6:7.0f} µs for a sweep that finds nothing")
             await archive.close()

@@ -175,6 +175,46 @@ class Interrupted(Store):
         return await self._store.scan(pattern)
 
 
+class Watched(Interrupted):
+    """A store that keeps how many entries were read together."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.together: list[int] = []
+
+    async def call(self, *command: str | bytes | int) -> Any:
+        return await self._store.call(*command)
+
+    async def call_all(self, commands: Sequence[Command]) -> list[Any]:
+        if commands[0][0] == "XRANGE":
+            self.together.append(sum(int(command[-1]) for command in commands))
+        return await self._store.call_all(commands)
+
+
+async def test_while_requests_come_little_is_read_at_once_with_rests_and_otherwise_much_without(
+    store: Store, archive: Archive, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests: list[float] = []
+    sleep = asyncio.sleep
+
+    async def rest(seconds: float) -> None:
+        rests.append(seconds)
+        await sleep(0)
+
+    await asyncio.gather(*(write(store, f"a{number}", 1, 20) for number in range(20)))
+    watched = Watched(store)
+    # Requests come until the third read, and again for the last.
+    quiet = lambda: 2 <= len(watched.together) < 5  # noqa: E731
+    with monkeypatch.context() as patched:
+        patched.setattr(archiver_module.asyncio, "sleep", rest)
+        await Archiver(watched, archive, metrics, quiet).sweep()
+    most, little = archiver_module.QUIET_READ_AT_ONCE, archiver_module.READ_AT_ONCE
+    assert watched.together == [little, little, most, most, most, little, little]
+    assert len(rests) >= 3
+    assert all(seconds > 0 for seconds in rests)
+    assert len(await archived(archive, "a7")) == 20
+
+
 async def test_a_crash_between_archive_and_trim_doubles_nothing(
     store: Store, archive: Archive, archiver: Archiver, metrics: Metrics
 ) -> None:

@@ -1,6 +1,7 @@
 """What the engine promises to those who use it, on a real store whose clock the tests move."""
 
 import asyncio
+import time
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -152,6 +153,19 @@ async def test_of_100_concurrent_requests_exactly_what_fits_is_admitted(
     funds = await operator.funds(ACCOUNT)
     assert (funds.used_nano, funds.held_nano, funds.granted_nano) == (100_000_000, 0, 100_000_000)
     assert engine.open_reservations == 0
+
+
+async def test_an_engine_is_quiet_until_a_request_asks_and_a_moment_after(engine: CreditEngine, acme: Identity) -> None:
+    assert engine.quiet
+    held = await reserve(engine, acme, 10_000_000)
+    assert isinstance(held, Reservation)
+    asked_at = time.perf_counter()
+    quiet, by_then_s = engine.quiet, time.perf_counter() - asked_at
+    assert not quiet or by_then_s > 0.05  # the machine may have stood still
+    await engine.settle(held, 0, "")
+    async with asyncio.timeout(30):
+        while not engine.quiet:
+            await asyncio.sleep(0.01)
 
 
 async def test_a_denial_says_what_the_matter_is(
