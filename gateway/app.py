@@ -176,7 +176,7 @@ async def _abandon_orphans(operator: Operator, started_ms: int) -> None:
     leases?"""
     try:
         if count := await operator.abandon_orphans(started_ms):
-            log.warning("ended %d requests of a killed gateway; what was seen of them was charged", count)
+            log.warning("ended %d requests of a killed gateway; what the store was told of them was charged", count)
     except StoreError as error:
         log.warning("the holds of a killed gateway stay until their leases end: %s", error)
 

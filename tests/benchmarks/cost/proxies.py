@@ -34,6 +34,11 @@ class Proxy:
         """CPU that its processes have used so far, user and system, s."""
         return sum(map(cpu_s, self.pids))
 
+    @property
+    def store_cpu_s(self) -> float:
+        """The same of a gateway's embedded store."""
+        return cpu_s(self.store_pid) if self.store_pid else 0.0
+
 
 def cpu_s(pid: int) -> float:
     """CPU that a process has used so far, user and system, s; steps of 10 ms."""
