@@ -12,7 +12,7 @@ from aiohttp import web
 from gateway.config.model import Address, GatewayConfig, Secret, Upstream
 from gateway.config.watch import LiveConfig
 from gateway.credits.archive import Archive, ArchiveError
-from gateway.credits.archiver import Archiver, ForeignArchive, Quiet, archiving
+from gateway.credits.archiver import Archiver, ForeignArchive, archiving
 from gateway.credits.errors import StoreError
 from gateway.credits.operator import Operator
 from gateway.credits.reaper import reap
@@ -67,10 +67,10 @@ async def serve(config: GatewayConfig, read: Callable[[], GatewayConfig], worker
         front = await _front(config, metrics, workers, stack)
         at = await stack.enter_async_context(running_store(config.store))
         store = await stack.enter_async_context(started_store(at, metrics))
+        archiver = await stack.enter_async_context(_archiving(config, store, metrics))
         engine = await stack.enter_async_context(credit_engine(config, store, metrics))
-        # Of the requests of workers this process knows nothing.
-        quiet = (lambda: engine.quiet) if workers == 1 else (lambda: False)
-        await stack.enter_async_context(_archiving(config, store, metrics, quiet))
+        if workers == 1:  # of the requests of others this process knows nothing
+            archiver.quiet = lambda: engine.quiet
         await stack.enter_async_context(_tending(engine))
         operator = Operator(store, config.plans, config.default_plan)
         secret = await first_key(config, store, operator)
@@ -110,12 +110,12 @@ async def _front(config: GatewayConfig, metrics: Metrics, workers: int, stack: A
 
 
 @asynccontextmanager
-async def _archiving(config: GatewayConfig, store: Store, metrics: Metrics, quiet: Quiet) -> AsyncIterator[None]:
+async def _archiving(config: GatewayConfig, store: Store, metrics: Metrics) -> AsyncIterator[Archiver]:
     """The ledger moves into its archive for the time of the block. Raises ArchiveError where it may not."""
     archive = Archive(config.archive.url, config.store.data_dir)
-    async with archiving(store, archive, metrics, quiet):
-        await _claim(config, store, Archiver(store, archive, metrics))
-        yield
+    async with archiving(store, archive, metrics) as archiver:
+        await _claim(config, store, archiver)
+        yield archiver
 
 
 @asynccontextmanager

@@ -81,7 +81,9 @@ class RawStore(_Mapping):
         description="The embedded store's directory; a relative one is relative to the working directory",
     )
     timeout: StoreTimeoutMs = Field(
-        default="2s", validate_default=True, description="The longest wait for the store, at most 60s"
+        default="2s",
+        validate_default=True,
+        description="How long the store may take to answer, at most 60s; a tenth later it counts as down",
     )
     allow_unsafe: Boolean = Field(
         default="false",

@@ -30,10 +30,8 @@ RETRY_MOST_S = 30.0
 #: Entries that are read at once, and trimmed at once: 0.15 ms of the loop's time and of the store's, for which requests
 #: wait.
 READ_AT_ONCE = 25
-#: The same where nobody waits. One after the other without rests, an entry takes 8 µs of CPU and not 19, for which the
-#: process wakes up less often and finds its caches as it left them.
-QUIET_READ_AT_ONCE = 100
-#: The longest rest after each, and all rests of a sweep together: so that hardly a request meets two of them.
+#: The longest rest after each, and all rests of a sweep together: so that hardly a request meets two of them. They
+#: cost: of an entry's 20 µs of CPU 10, for the process wakes up once more each time, and its caches are cold.
 _REST_MOST_S, _RESTS_S = 0.005, 2.0
 #: Streams whose lengths are asked for at once, for the same reason.
 _LENGTHS_AT_ONCE = 64
@@ -49,8 +47,6 @@ _STORE_FIELD = "id"
 
 #: What XRANGE gives: ids, each with names and values in turn.
 Batch = Sequence[tuple[bytes, list[bytes]]]
-#: Whether no request needs this process's time just now.
-Quiet = Callable[[], bool]
 
 
 class ForeignArchive(ArchiveError):
@@ -65,18 +61,13 @@ class ForeignArchive(ArchiveError):
 
 
 @asynccontextmanager
-async def archiving(
-    store: Store, archive: Archive, metrics: Metrics, quiet: Quiet = lambda: False
-) -> AsyncIterator[None]:
+async def archiving(store: Store, archive: Archive, metrics: Metrics) -> AsyncIterator["Archiver"]:
     """Archive the ledger for the time of the block; closes the archive at its end. What is then not archived yet stays
-    in the store. Raises nothing where the database is away: that is logged and tried again.
-
-    quiet: asked often; while it says no, what is done at once is little, with rests in between.
-    """
-    archiver = Archiver(store, archive, metrics, quiet)
+    in the store. Raises nothing where the database is away: that is logged and tried again."""
+    archiver = Archiver(store, archive, metrics)
     task = asyncio.create_task(_archive_forever(archiver, metrics), name="ledger-archiver")
     try:
-        yield
+        yield archiver
     finally:
         task.cancel()
         with suppress(asyncio.CancelledError):
@@ -108,13 +99,16 @@ async def _archive_forever(archiver: "Archiver", metrics: Metrics) -> None:
 
 
 class Archiver:
-    """Moves what there is."""
+    """Moves what there is.
 
-    def __init__(self, store: Store, archive: Archive, metrics: Metrics, quiet: Quiet = lambda: False) -> None:
+    quiet: asked after each step; while it says that no requests come, no rest is taken.
+    """
+
+    def __init__(self, store: Store, archive: Archive, metrics: Metrics) -> None:
         self._store = store
         self._archive = archive
         self._metrics = metrics
-        self._quiet = quiet
+        self.quiet: Callable[[], bool] = lambda: False
 
     async def sweep(self) -> None:
         """Archive and trim what there is when it begins.
@@ -129,15 +123,15 @@ class Archiver:
             return
         await self.claim()
         taken, entries = _Taken(), sum(lengths)
-        pace = _Pace(entries, self._quiet)
+        rest_s = min(_REST_MOST_S, _RESTS_S / (2 * -(-entries // READ_AT_ONCE)))
         at_once = min(max(TRANSACTION, entries // _TRANSACTIONS), _TRANSACTION_MOST)
-        for counts in _reads(lengths, pace):
+        for counts in _reads(lengths):
             await self._read(counts, taken)
-            await pace.rest()
+            await self._rest(rest_s)
             if taken.entries >= at_once:
-                await self._move(taken, pace)
+                await self._move(taken, rest_s)
                 taken = _Taken()
-        await self._move(taken, pace)
+        await self._move(taken, rest_s)
 
     async def claim(self) -> None:
         """Tie store and archive together for ever, unless they are. Raises StoreError, ArchiveError, ForeignArchive."""
@@ -165,32 +159,18 @@ class Archiver:
         )
         taken.add(zip(counts, replies, strict=True))
 
-    async def _move(self, taken: "_Taken", pace: "_Pace") -> None:
+    async def _move(self, taken: "_Taken", rest_s: float) -> None:
         if taken.entries:
             self._metrics.ledger_archived(await self._archive.append(taken.rows, taken.broken))
             # Exactly what was archived, by id. A trim by the last id would also take entries that a replica, made
             # primary since they were read, has given smaller ids.
             for trims in taken.trims:
                 await self._store.call_all(trims)
-                await pace.rest()
+                await self._rest(rest_s)
 
-
-class _Pace:
-    """How much a sweep of so many entries does at once, and how long it rests after that."""
-
-    def __init__(self, entries: int, quiet: Quiet) -> None:
-        self._quiet = quiet
-        self._rest_s = min(_REST_MOST_S, _RESTS_S / (2 * -(-entries // READ_AT_ONCE)))
-
-    @property
-    def read_at_once(self) -> int:
-        """Entries that the next read may have."""
-        return QUIET_READ_AT_ONCE if self._quiet() else READ_AT_ONCE
-
-    async def rest(self) -> None:
-        """Let requests have their turn."""
-        if not self._quiet():
-            await asyncio.sleep(self._rest_s)
+    async def _rest(self, seconds: float) -> None:
+        if not self.quiet():
+            await asyncio.sleep(seconds)
 
 
 class _Taken:
@@ -227,10 +207,10 @@ class _Taken:
         self.trims.append(trims)
 
 
-def _reads(lengths: Sequence[int], pace: _Pace) -> Iterator[dict[int, int]]:
+def _reads(lengths: Sequence[int]) -> Iterator[dict[int, int]]:
     """What to read at once: how many entries of which shards."""
     counts: dict[int, int] = {}
-    room = pace.read_at_once
+    room = READ_AT_ONCE
     for shard, length in enumerate(lengths):
         left = length
         while left:
@@ -239,6 +219,6 @@ def _reads(lengths: Sequence[int], pace: _Pace) -> Iterator[dict[int, int]]:
             room -= counts[shard]
             if not room:
                 yield counts
-                counts, room = {}, pace.read_at_once
+                counts, room = {}, READ_AT_ONCE
     if counts:
         yield counts

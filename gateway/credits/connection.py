@@ -23,8 +23,8 @@ Command = tuple[str | bytes | int, ...]
 #: Commands that may wait for a reply on one connection; beyond it the store is as good as down.
 MAX_PENDING = 20_000
 
-#: What a late reply is given when its time is up, as a part of that. A process that stood still, alone or with its
-#: machine, finds the timer due before it has read what came long ago.
+#: How much longer than its time a late reply is waited for, as a part of that. A process that stood still, alone or
+#: with its machine, finds the timer due before it has read what came long ago.
 _LAST_LOOK = 0.1
 
 _NO_ANSWER = "the store does not answer"
@@ -46,7 +46,7 @@ class Connection(asyncio.Protocol):
         self._pending: deque[tuple[asyncio.Future[Reply], float]] = deque()
         self._transport: asyncio.Transport  # there is one before anybody has the connection
         self._watchdog: asyncio.TimerHandle | None = None
-        self._overdue: asyncio.Future[Reply] | None = None
+        self._looks_again = False
         self._lost = False
         self.lost = asyncio.Event()
         self.on_lost: Callable[[], None] | None = None
@@ -100,20 +100,20 @@ class Connection(asyncio.Protocol):
     def _check_oldest(self) -> None:
         # One timer for the whole connection: replies come in order, so only the oldest command can be late.
         self._watchdog = None
+        looked_again, self._looks_again = self._looks_again, False
         if not self._pending:
             return
-        oldest, due = self._pending[0]
-        wait_s = due - self._loop.time()
-        if wait_s <= 0 and oldest is self._overdue:
+        wait_s = self._pending[0][1] - self._loop.time()
+        if wait_s <= 0 and looked_again:
             self.close()
             return
         if wait_s <= 0:
-            self._overdue, wait_s = oldest, self._timeout_s * _LAST_LOOK
+            # Once, whoever is the oldest by then: a store that is ever later than its time is as good as down.
+            self._looks_again, wait_s = True, self._timeout_s * _LAST_LOOK
         self._watchdog = self._loop.call_later(wait_s, self._check_oldest)
 
     def _fail_pending(self, reason: str) -> None:
         first, self._lost = not self._lost, True
-        self._overdue = None
         self.lost.set()
         if self._watchdog is not None:
             self._watchdog.cancel()

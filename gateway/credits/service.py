@@ -49,7 +49,7 @@ _OTHER_PLAN = NotReserved("other_plan")
 #: How often the leases of live reservations are renewed, with what was seen of their cost by then.
 RENEW_S = 10.0
 _REPLY_LOST_WAIT_S = 1.0
-#: After so long without a request there is time for other things.
+#: After so long without a new request there is time for other things.
 _QUIET_S = 0.1
 _MOST_PLAN_NAMES = 10_000
 
@@ -90,7 +90,7 @@ class CreditEngine:
 
     @property
     def quiet(self) -> bool:
-        """Whether no request has asked this process for credits for a moment."""
+        """Whether no request has asked this process for credits for 0.1 s; those in flight may be many."""
         return time.perf_counter() - self._asked_at > _QUIET_S
 
     def use(self, plans: Mapping[str, Plan], default_plan: str) -> None:

@@ -31,8 +31,8 @@ async def measure(rounds: int, entries: int, accounts: int) -> None:
             for name in names:
                 await operator.create_account(name)
             archive = Archive("sqlite", Path(directory))
-            metrics, quiet = Metrics(PLANS, [MODEL]), False
-            archiver = Archiver(stores[0], archive, metrics, lambda: quiet)
+            archiver, quiet = Archiver(stores[0], archive, Metrics(PLANS, [MODEL])), False
+            archiver.quiet = lambda: quiet
             await _sweep(archiver)
             for number in range(2 * rounds):
                 await request_on(stores, names, number * entries, entries)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -176,43 +177,44 @@ class Interrupted(Store):
 
 
 class Watched(Interrupted):
-    """A store that keeps how many entries were read together."""
+    """A store that notes what is read from it and what is trimmed, all that is asked at once as one step."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self.together: list[int] = []
+    def __init__(self, store: Store, steps: list[str]) -> None:
+        self._store, self._steps = store, steps
 
     async def call(self, *command: str | bytes | int) -> Any:
         return await self._store.call(*command)
 
     async def call_all(self, commands: Sequence[Command]) -> list[Any]:
-        if commands[0][0] == "XRANGE":
-            self.together.append(sum(int(command[-1]) for command in commands))
+        name = str(commands[0][0])
+        if name != "XLEN":
+            self._steps.append(name)
         return await self._store.call_all(commands)
 
 
-async def test_while_requests_come_little_is_read_at_once_with_rests_and_otherwise_much_without(
-    store: Store, archive: Archive, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("quiet", "expected"),
+    [
+        (False, ["XRANGE", "rest", "XRANGE", "rest", "XDEL", "rest", "XDEL", "rest"]),
+        (True, ["XRANGE", "XRANGE", "XDEL", "XDEL"]),
+    ],
+)
+async def test_the_archiver_rests_after_each_step_unless_no_requests_come(
+    quiet: bool, expected: list[str], store: Store, archive: Archive, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rests: list[float] = []
-    sleep = asyncio.sleep
+    steps: list[str] = []
 
     async def rest(seconds: float) -> None:
-        rests.append(seconds)
-        await sleep(0)
+        assert seconds > 0
+        steps.append("rest")
 
-    await asyncio.gather(*(write(store, f"a{number}", 1, 20) for number in range(20)))
-    watched = Watched(store)
-    # Requests come until the third read, and again for the last.
-    quiet = lambda: 2 <= len(watched.together) < 5  # noqa: E731
+    await write(store, "alice", 1, 2 * archiver_module.READ_AT_ONCE)
+    archiver = Archiver(Watched(store, steps), archive, metrics)
+    archiver.quiet = lambda: quiet
     with monkeypatch.context() as patched:
-        patched.setattr(archiver_module.asyncio, "sleep", rest)
-        await Archiver(watched, archive, metrics, quiet).sweep()
-    most, little = archiver_module.QUIET_READ_AT_ONCE, archiver_module.READ_AT_ONCE
-    assert watched.together == [little, little, most, most, most, little, little]
-    assert len(rests) >= 3
-    assert all(seconds > 0 for seconds in rests)
-    assert len(await archived(archive, "a7")) == 20
+        patched.setattr(archiver_module, "asyncio", SimpleNamespace(sleep=rest))  # no other sleeper's
+        await archiver.sweep()
+    assert steps == expected
 
 
 async def test_a_crash_between_archive_and_trim_doubles_nothing(

@@ -292,6 +292,21 @@ async def test_a_server_that_answers_the_first_and_not_the_second_is_given_up_on
             await connection.send("GET", "y")
 
 
+async def test_a_server_that_answers_everything_too_late_is_given_up_on() -> None:
+    """That each of its replies is only a little later than the one before does not help it."""
+    loop = asyncio.get_running_loop()
+
+    def react(transport: asyncio.Transport, data: bytes) -> None:
+        for number in range(data.count(b"PING")):
+            loop.call_later(0.01 * number, transport.write, b"+PONG\r\n")
+
+    async with scripted_server(react) as url:
+        connection = await connect(url, 200)
+        replies = await asyncio.gather(*(connection.send("PING") for _ in range(200)), return_exceptions=True)
+    assert replies[0] == b"PONG"
+    assert isinstance(replies[-1], ReplyLost)
+
+
 async def test_a_server_that_never_answers_the_login() -> None:
     async with scripted_server(_silent) as url:
         with pytest.raises(StoreUnavailable):

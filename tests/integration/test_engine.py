@@ -157,11 +157,11 @@ async def test_of_100_concurrent_requests_exactly_what_fits_is_admitted(
 
 async def test_an_engine_is_quiet_until_a_request_asks_and_a_moment_after(engine: CreditEngine, acme: Identity) -> None:
     assert engine.quiet
+    before = time.perf_counter()
     held = await reserve(engine, acme, 10_000_000)
     assert isinstance(held, Reservation)
-    asked_at = time.perf_counter()
-    quiet, by_then_s = engine.quiet, time.perf_counter() - asked_at
-    assert not quiet or by_then_s > 0.05  # the machine may have stood still
+    quiet, took_s = engine.quiet, time.perf_counter() - before
+    assert not quiet or took_s > 0.1  # where the machine stood still meanwhile
     await engine.settle(held, 0, "")
     async with asyncio.timeout(30):
         while not engine.quiet:
