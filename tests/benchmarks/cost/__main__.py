@@ -6,8 +6,8 @@ runs twice: as aiohttp does by itself, and on uvloop, as the gateway does. Peers
 ``peers.py`` says how. ``--write`` puts the result into ``result.md``, which README.md quotes.
 
 CPU is that of the proxy's own processes, user and system; the store's is among it in a row of its own alone. A gateway
-archives its ledger for seconds after the last request: what that takes is shown apart, and nothing else is measured
-meanwhile. Some ten minutes on two cores.
+goes on archiving its ledger after the last request, and nothing else is measured meanwhile: all of it counts but in the
+first row. Some ten minutes on two cores.
 """
 
 import argparse
@@ -36,8 +36,8 @@ _REQUESTS, _LARGE, _STREAMS, _OPEN_STREAMS = 6000, 600, 192, 2000
 #: is left for the load, the model and the store, which share the cores.
 _MANY_MESSAGES, _LABORIOUS = 20_000, 600
 _LATENCY_S = 5.0
-#: Long enough that the load which saturates is one that can be kept up: what is put off in a burst has to be done, too.
-_SATURATING = 30_000
+#: Long enough that the load is one that can be kept up: what is put off in a burst has to be done, too.
+_KEPT_UP = 30_000
 
 Opener = Callable[[], AbstractContextManager[Proxy]]
 T = TypeVar("T")
@@ -95,7 +95,7 @@ def _compare(table: Table, openers: list[Opener], rounds: int) -> None:
     with ExitStack() as running:
         all_of_them = [running.enter_context(opener()) for opener in openers]
         for _ in range(rounds):
-            spent = [uvloop.run(measures.request_us(one, _REQUESTS)) for one in all_of_them]
+            spent = [uvloop.run(measures.request_us(one, _KEPT_UP)) for one in all_of_them]
             whole.append([each.answered_us for each in spent])
             archived.append([each.archived_us for each in spent])
             with_store.append([each.with_store_us for each in spent])
@@ -136,7 +136,7 @@ def _latency(table: Table, upstream: str, directory: Path, rounds: int) -> None:
         proxies.passthrough(upstream) as plain,
         proxies.passthrough(upstream, "uvloop") as on_uvloop,
     ):
-        rate = uvloop.run(measures.requests_per_s(gateway, _SATURATING)) / 2
+        rate = uvloop.run(measures.requests_per_s(gateway, _KEPT_UP)) / 2
 
         def seen_of(target: Target) -> measures.Latency:
             uvloop.run(measures.archived(gateway))

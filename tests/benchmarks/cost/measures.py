@@ -31,7 +31,7 @@ _COMPUTE_S = 2.0
 
 
 async def archived(proxy: Proxy) -> None:
-    """Wait until a gateway's ledger is archived, which goes on for seconds after the last request: it belongs to the
+    """Wait until a gateway's ledger is archived, which goes on for a moment after the last request: it belongs to the
     requests that made it, and must not burden whatever is measured next."""
     lengths = [("XLEN", shard_keys(shard).ledger) for shard in range(SHARDS)]
     while proxy.store_url and any(await asyncio.to_thread(_replies, proxy.store_url, lengths)):
