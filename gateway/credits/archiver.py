@@ -31,8 +31,8 @@ RETRY_MOST_S = 30.0
 #: wait.
 READ_AT_ONCE = 25
 #: The longest rest after each, and all rests of a sweep together: so that hardly a request meets two of them. They
-#: have a price: with them an entry takes 16 to 23 µs of CPU, without them 11, as the process need not wake up each time,
-#: with cold caches.
+#: have a price: with them an entry takes 16 to 23 µs of CPU, without them 11, for the process need not wake up for each
+#: step, with cold caches.
 _REST_MOST_S, _RESTS_S = 0.005, 2.0
 #: Streams whose lengths are asked for at once, for the same reason.
 _LENGTHS_AT_ONCE = 64
