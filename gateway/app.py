@@ -69,7 +69,7 @@ async def serve(config: GatewayConfig, read: Callable[[], GatewayConfig], worker
         store = await stack.enter_async_context(started_store(at, metrics))
         archiver = await stack.enter_async_context(_archiving(config, store, metrics))
         engine = await stack.enter_async_context(credit_engine(config, store, metrics))
-        if workers == 1:  # of the requests of others this process knows nothing
+        if workers == 1:  # of requests to workers this process knows nothing
             archiver.quiet = lambda: engine.quiet
         await stack.enter_async_context(_tending(engine))
         operator = Operator(store, config.plans, config.default_plan)

@@ -34,8 +34,6 @@ class Files:
         self.plans: dict[str, Any] = {"plans": config["plans"]}
         self.models: dict[str, Any] = config["models"]
         self.main: dict[str, Any] = {
-            # Whose settlement is put off is not told its cost: a disk of the tests may be slow for seconds.
-            "store": {"timeout": "10s"},
             "upstreams": config["upstreams"],
             "plans": "plans.yaml",
             "models": "models.yaml",

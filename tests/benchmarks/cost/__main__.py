@@ -18,7 +18,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import uvloop
 import yaml
@@ -40,7 +39,6 @@ _LATENCY_S = 5.0
 _KEPT_UP = 30_000
 
 Opener = Callable[[], AbstractContextManager[Proxy]]
-T = TypeVar("T")
 
 
 class Table:
